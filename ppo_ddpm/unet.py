@@ -7,7 +7,7 @@ __all__ = ['time_features', 'TimeEmbedding', 'ResnetBlock', 'Attention', 'Downsa
            'UpBlock', 'UNet', 'save_weights', 'load_weights', 'read_config', 'load_unet']
 
 # %% ../nbs/02_unet.ipynb #76d1976f
-import json, math, pickle
+import json, math, pickle, warnings
 from functools import partial
 from pathlib import Path
 
@@ -164,7 +164,9 @@ class UpBlock(nn.Module):
 def _check_numbers(size, in_channels, channels, n_blocks, dropout, head_dim, groups, eps, freq_shift):
     def whole(k, v):
         if not isinstance(v, int) or isinstance(v, bool) or v < 1: raise ValueError(f"{k} must be a whole number of at least 1, got {v!r}")
-    for k, v in dict(size=size, in_channels=in_channels, n_blocks=n_blocks, groups=groups, head_dim=head_dim or 1).items(): whole(k, v)
+    for k, v in dict(size=size, in_channels=in_channels, n_blocks=n_blocks, groups=groups, head_dim=1 if head_dim is None else head_dim).items(): whole(k, v)
+    for k, v in dict(dropout=dropout, eps=eps, freq_shift=freq_shift).items():
+        if not isinstance(v, (int, float)): raise ValueError(f"{k} must be a number, got {v!r}")
     for c in channels or [None]: whole("each of channels", c)
     if size % (f := 2 ** (len(channels) - 1)):
         raise ValueError(f"size {size} cannot be halved {len(channels) - 1} times for {len(channels)} levels of channels: give a multiple of {f}, or fewer channels")
@@ -257,7 +259,8 @@ def _embed(self:UNet, x, t):
     if x.shape[1:] != (c["in_channels"], c["size"], c["size"]):
         raise ValueError(f"x must have shape (B, {c['in_channels']}, {c['size']}, {c['size']}) for this network, got {tuple(x.shape)}")
     if not x.is_floating_point(): raise TypeError(f"x must be floats in about [-1, 1], got {x.dtype}: convert integers with x / 127.5 - 1")
-    t = torch.full((1,), t, device=x.device) if isinstance(t, (int, float)) else torch.as_tensor(t, device=x.device)
+    try: t = torch.full((1,), t, device=x.device) if isinstance(t, (int, float)) else torch.as_tensor(t, device=x.device)
+    except (TypeError, RuntimeError): raise TypeError(f"t must be a number or a tensor of times, got {t!r}") from None
     if t.shape not in ((), (1,), (b,)): raise ValueError(f"t must be one number, or have shape ({b},) for {b} pictures, got {tuple(t.shape)}")
     f = time_features(t.reshape(-1), c["channels"][0], c["flip_sin_to_cos"], c["freq_shift"])
     return self.time_embedding(f.to(self.conv_in.weight.dtype))
@@ -284,16 +287,20 @@ def _not_finite(sd): return next((k for k, v in sd.items() if not v.isfinite().a
 
 # %% ../nbs/02_unet.ipynb #3b9f1c14
 def _open_weights(path):
-    if path.suffix != ".safetensors": return torch.load(path, map_location="cpu", weights_only=True), {}
+    if path.suffix != ".safetensors":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                          # of old pickles: what matters is said below
+            return torch.load(path, map_location="cpu", weights_only=True), {}
     with safe_open(path, "pt") as f: meta = f.metadata() or {}
     return load_file(path), meta
 
+# %% ../nbs/02_unet.ipynb #f7cade30
 def _read_weights(path):
     "State dict and metadata of a file."
     path = Path(path)
     if not path.is_file(): raise FileNotFoundError(f"there is no weights file {path}: {'this is a folder' if path.is_dir() else 'check the name'}")
     try: sd, meta = _open_weights(path)
-    except PermissionError: raise
+    except (PermissionError, MemoryError): raise
     except Exception as e:
         if isinstance(e, pickle.UnpicklingError) and "nsupported" in str(e):
             raise ValueError(f"{path} holds more than tensors and could run code, so it was not read: save its state_dict() alone, best as .safetensors") from None
@@ -335,6 +342,7 @@ def read_config(
         raise ValueError(f"{path} does not say what network it belongs to: build the network yourself and use load_weights, or save it as .safetensors")
     return cfg
 
+# %% ../nbs/02_unet.ipynb #04559f80
 def load_unet(
     path,         # A .safetensors file of `save_weights`
     device="cpu", # Where the network goes
