@@ -2,14 +2,12 @@
 import pytest
 import torch
 from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
 
 from ppo_ddpm.core import seeded
 from ppo_ddpm.data import load_pictures, quantize, split
 from ppo_ddpm.evaluate import frechet_distance, kernel_distance, train_judge
-
-pytest.importorskip("torch_fidelity", reason="torchmetrics builds its distances only where torch-fidelity is installed")
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 
 
 class Given(nn.Module):
