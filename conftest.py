@@ -6,6 +6,7 @@ import atexit, os, shutil, tempfile
 import nb as nb_tool   # pytest.ini puts tools/ on the path
 
 nb_tool.quiet_environment()
+os.environ.setdefault("PPO_DDPM_QUICK", "1")      # the long runs of some notebooks stop after two rounds
 if "PYTEST_XDIST_WORKER" not in os.environ:      # workers and their kernels use the folder that the first process made
     os.environ["IPYTHONDIR"] = tempfile.mkdtemp(prefix="ipython-")   # no start-up files of the user, no shared history
     atexit.register(shutil.rmtree, os.environ["IPYTHONDIR"], ignore_errors=True)

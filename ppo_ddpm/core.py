@@ -222,7 +222,7 @@ class Schedule:
 class TrainDDPM:
     "Pretraining of the diffusion model."
     lr: float = 1e-3      # Learning rate of AdamW, above 0
-    num_steps: int = 2500 # Optimiser steps, at least 1
+    num_steps: int = 1500 # Optimiser steps, at least 1
     batch_size: int = 128 # Pictures per step, at least 1
     ema: float = 0.995    # Decay of the averaged weights per step, [0, 1); 0: no average
     save: bool = True     # Write the weights into the run folder
@@ -233,19 +233,21 @@ class TrainDDPM:
 class TrainReward:
     "Training of the classifiers that tell real pictures from generated ones."
     num_img: int = 800            # Generated pictures, at least 1; real ones are num_img + num_noise, or all there are
-    num_noise: int = 180          # Worthless pictures: half noise, a quarter white, a quarter black; at least 0
-    num_corrupt: int = 800        # Corrupted real pictures, as hard negatives, at least 0
-    batch_size: int = 128         # Pictures per step, at least 1
+    num_noise: int = 120          # Worthless pictures: half noise, a quarter white, a quarter black; at least 0
+    num_corrupt: int = 270        # Corrupted real pictures, as hard negatives, at least 0
+    batch_size: int = 256         # Pictures per step, half of them real, at least 2
     num_workers: int = 0          # Processes that load pictures, at least 0
     lr: float = 1e-3              # Learning rate of Adam, above 0
     label_smoothing: float = 0.1  # s in the labels s/2 (fake) and 1 - s/2 (real), [0, 1)
     instance_noise: float = 0.15  # Standard deviation of noise added to the pictures in training, at least 0
-    num_epochs: int = 10          # Passes over the set, at least 1
+    num_epochs: int = 20          # Passes over the set, at least 1
     n_models: int = 2             # Classifiers whose logits are averaged, at least 1
+    alpha: float = 0.5            # What is paid: 0 the logit l, above it (exp(alpha l) - 1) / alpha, [0, 1]
+    variety: float = 1.           # Spread of the reward for kinds that are rare in the batch, over that of the classifiers; at least 0; 0: none
     save: bool = True             # Write the weights into the run folder
     def __post_init__(self):
         _within(self, "train_reward", num_img="[1, inf)", num_noise="[0, inf)", num_corrupt="[0, inf)", batch_size="[1, inf)", num_workers="[0, inf)",
-                lr="(0, inf)", label_smoothing="[0, 1)", instance_noise="[0, inf)", num_epochs="[1, inf)", n_models="[1, inf)")
+                lr="(0, inf)", label_smoothing="[0, 1)", instance_noise="[0, inf)", num_epochs="[1, inf)", n_models="[1, inf)", alpha="[0, 1]", variety="[0, inf)")
 
 # %% ../nbs/00_core.ipynb #25bb260a
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ class Finetune:
     "Fine-tuning with PPO."
     lr: float = 1e-4              # Learning rate of Adam, above 0
     lr_decay: Literal["linear", "none"] = "linear" # linear: falls to 0 over num_epochs; none: stays
-    num_epochs: int = 50          # Rounds of drawing and learning, at least 1
+    num_epochs: int = 60          # Rounds of drawing and learning, at least 1
     ddim_steps: int = 4           # Steps K of the sampler, 1 to schedule.T
     eta: float = 1.               # Noise of the sampler, (0, 1]
     spacing: Literal["trailing", "leading", "linspace"] = "trailing" # How the K steps are chosen among T
@@ -263,12 +265,12 @@ class Finetune:
     max_batch: int | None = None  # Most pictures in the network at once, to save memory; null: all; gradients do not depend on it
     passes: int = 1               # Times that each round's pairs are used, at least 1
     grad_clip: float = 1.         # Largest norm of the gradient, above 0
-    kl: float = 0.3               # Weight of the KL divergence to the pretrained model (nats per step), at least 0
-    ema: float = 0.95             # Decay of the averaged policy per round, [0, 1); 0: no average
+    kl: float = 0.1               # Weight of the KL divergence to the pretrained model (nats per step), at least 0
+    ema: float = 0.98             # Decay of the averaged policy per optimiser step, [0, 1); 0: no average
     control_variate: bool = True  # Subtract from the reward what the predicted x0 explains of it
     adv_clip: float = 5.          # Largest advantage after whitening (standard deviations), above 0
-    refresh_every: int = 2        # Rounds between updates of the reward model on new samples, at least 0; 0: never
-    refresh_steps: int = 16       # Optimiser steps of each reward model in an update, at least 1
+    refresh_every: int = 1        # Rounds between updates of the reward model on new samples, at least 0; 0: never
+    refresh_steps: int = 12       # Optimiser steps of each reward model in an update, at least 1
     save: bool = True             # Write the weights into the run folder
     def __post_init__(self):
         if self.eta == 0: raise ValueError("finetune.eta must lie in (0, 1], got 0: a step without noise has no density, so PPO cannot learn; choose 1")

@@ -110,13 +110,14 @@ class Judge:
 def _fit(net, batch, n_steps, loss, lr=2e-3):
     "Train `net` on `n_steps` draws of `batch() -> (x, y)`; returns it frozen, in evaluation mode."
     if n_steps < 10: raise ValueError(f"n_steps must be at least 10, got {n_steps}; train longer")
+    net.to(memory_format=torch.channels_last)                  # a third faster on a CPU
     opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.05)
     cycle = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=n_steps)
     for _ in range(n_steps):
         x, y = batch()
         value = loss(net(x), y)
         opt.zero_grad(); value.backward(); opt.step(); cycle.step()
-    return net.eval().requires_grad_(False)
+    return net.to(memory_format=torch.contiguous_format).eval().requires_grad_(False)
 
 @contextmanager
 def _own_seed(seed, device):
@@ -235,7 +236,7 @@ def discriminator_auc(
     real_test:Tensor,    # Other real pictures, to be told apart
     fake_test:Tensor,    # Other generated pictures
     seed:int=0,          # Seed of weights and batches
-    n_steps:int=200,     # Optimiser steps
+    n_steps:int=120,     # Optimiser steps
     batch_size:int=64,   # Half of it real, half generated
 )->float:                # 0.5: cannot tell, 1: always tells
     "Train a new discriminator and measure on pictures it has not seen how well it tells real from generated; all on the device of `real_fit`."
@@ -247,7 +248,7 @@ def discriminator_auc(
     y = torch.tensor([1., 0.], device=device).repeat_interleave(half)
     with _own_seed(seed, device):
         net = FeatureNet(real_fit.shape[-1], real_fit.shape[1], n_classes=1, width=16).to(device)
-        _fit(net, lambda: (torch.cat([pick(real_fit), pick(fake_fit)]), y), n_steps, lambda out, y: F.binary_cross_entropy_with_logits(out[:, 0], y))
+        _fit(net, lambda: (torch.cat([pick(real_fit), pick(fake_fit)]), y), n_steps, lambda out, y: F.binary_cross_entropy_with_logits(out[:, 0], y), lr=4e-3)
     scores = [torch.cat([net(b.to(device))[:, 0] for b in x.split(1024)]).double().cpu() for x in (real_test, fake_test)]
     return float(roc_auc_score(torch.cat([torch.ones(len(real_test)), torch.zeros(len(fake_test))]).numpy(), torch.cat(scores).numpy()))
 
@@ -296,6 +297,15 @@ def evaluate(
     return out | dict(n=len(fake))
 
 # %% ../nbs/08_evaluate.ipynb #1b149047
+def _as_if_drawn(y, n, g):
+    "`n` places in `y` without repeats, the classes as often as in independent draws (as far as they last)."
+    order, classes = torch.randperm(len(y), generator=g), y.unique()
+    share = torch.stack([(y == c).float().mean() for c in classes])
+    count = torch.bincount(torch.multinomial(share, n, replacement=True, generator=g), minlength=len(classes))
+    chosen = torch.cat([order[y[order] == c][:k] for c, k in zip(classes, count)])
+    rest = order[~torch.isin(order, chosen)]
+    return torch.cat([chosen, rest[:n - len(chosen)]])
+
 def floor(
     judge:Judge,         # Trained on splits.judge
     splits:Splits,       # The three splits of the real pictures
@@ -305,8 +315,8 @@ def floor(
     auc:bool=True,       # False leaves out the discriminators
 )->dict:                 # What `evaluate` returns
     "What a perfect model would score: real pictures of the train split in the place of generated ones."
-    most = len(splits.train)
-    if n is None: n = most
-    if not 1 <= n <= most: raise ValueError(f"n must lie in 1..{most}, the size of the train split, got {n}; evaluate fewer pictures")
-    chosen = torch.randperm(most, generator=seeded(seed, "floor"))[:n]
-    return evaluate(judge, splits.train.unit(chosen), splits, which, seed, auc)
+    train, g = splits.train, seeded(seed, "floor")
+    if n is None: n = len(train)
+    if not 1 <= n <= len(train): raise ValueError(f"n must lie in 1..{len(train)}, the size of the train split, got {n}; evaluate fewer pictures, or take a larger train split")
+    chosen = torch.randperm(len(train), generator=g)[:n] if train.y is None else _as_if_drawn(train.y, n, g)
+    return evaluate(judge, train.unit(chosen), splits, which, seed, auc)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RewardNet', 'blank_pictures', 'corrupt', 'RealFake', 'RewardModel', 'RewardTraining', 'fit_steps', 'rank_auc',
-           'train_reward', 'refresh_reward', 'ink', 'file_size', 'train_classifier', 'class_log_prob', 'weighted_sum',
-           'checked']
+           'train_reward', 'refresh_reward', 'ink', 'file_size', 'train_classifier', 'class_log_prob', 'Witness',
+           'with_variety', 'reward_of', 'weighted_sum', 'checked']
 
 # %% ../nbs/06_reward.ipynb #838e58f9
 import io
@@ -98,23 +98,28 @@ class RealFake:
 
 # %% ../nbs/06_reward.ipynb #8f19d24d
 class RewardModel(nn.Module):
-    "The mean logit of a few classifiers: how real a picture looks."
+    "How real a picture looks to a few classifiers, by their mean logit."
     def __init__(self,
         shape:tuple,      # (C, H, W) of the pictures
         levels:int=256,   # Grey levels of the data
         n_models:int=2,   # Number of classifiers
         width:int=32,     # Their width
+        alpha:float=0.,   # What is paid: 0 the logit l, above it (exp(alpha l) - 1) / alpha
     ):
         super().__init__()
-        self.config = dict(shape=tuple(shape), levels=levels, n_models=n_models, width=width)
+        self.config = dict(shape=tuple(shape), levels=levels, n_models=n_models, width=width, alpha=alpha)
         self.nets = nn.ModuleList(RewardNet(shape[1], shape[0], width) for _ in range(n_models))
-        self.levels = levels
+        self.levels,self.alpha = levels,alpha
 
     @torch.no_grad()
-    def forward(self, x0): # Pictures, shape (B, C, H, W) -> mean logits, shape (B,): above 0 is "real"
-        "The reward."
+    def logit(self, x0): # Pictures, shape (B, C, H, W) -> mean logits, shape (B,): above 0 is "real"
+        "What the classifiers say."
         x = quantize(x0, self.levels)
         return torch.stack([net(x)[:, 0] for net in self.nets]).mean(0)
+
+    def forward(self, x0): # Pictures, shape (B, C, H, W) -> rewards, shape (B,): above 0 is "real"
+        "What is paid: the Box-Cox transform of the density ratio exp(logit)."
+        return torch.expm1(self.alpha * self.logit(x0)) / self.alpha if self.alpha else self.logit(x0)
 
 class RewardTraining:
     "A reward model and its optimisers: what changes during training."
@@ -127,9 +132,9 @@ class RewardTraining:
     ):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = RewardModel(shape, levels, cfg.n_models).to(device)
+            self.model = RewardModel(shape, levels, cfg.n_models, alpha=cfg.alpha).to(device)
         self.cfg,self.seed,self.step,self.epoch = cfg,seed,0,0
-        self.opts = [torch.optim.AdamW(n.parameters(), lr=cfg.lr, weight_decay=.01) for n in self.model.nets]
+        self.opts = [torch.optim.AdamW(n.parameters(), lr=cfg.lr, betas=(.5, .99), weight_decay=.01) for n in self.model.nets]  # little momentum: it must turn when the policy does
 
     def state_dict(self)->dict:
         "Everything needed to go on."
@@ -176,7 +181,7 @@ def train_reward(
     while run.epoch < run.cfg.num_epochs:
         loss = fit_steps(run, data, n_steps).item(); run.epoch += 1
         if not math.isfinite(loss): raise FloatingPointError(f"the reward model's loss was {loss} in epoch {run.epoch}; lower train_reward.lr, or look for broken pictures")
-        real, fake = run.model(data.held_real), run.model(data.held_fake)
+        real, fake = run.model.logit(data.held_real), run.model.logit(data.held_fake)
         accuracy = torch.cat([real > 0, fake < 0]).float().mean().item()
         yield dict(epoch=run.epoch, loss=loss, accuracy=accuracy, auc=rank_auc(real, fake))
 
@@ -186,9 +191,10 @@ def refresh_reward(
     data:RealFake,      # Its generated pictures are replaced
     x0:Tensor,          # The policy's newest pictures, shape (B, C, H, W)
     n_steps:int=16,     # Optimiser steps
+    keep:int=256,       # How many of the generated pictures before these stay
 ):
     "Let the reward model see what the policy draws now."
-    data.fake = quantize(x0, data.levels)
+    data.fake = torch.cat([data.fake[max(0, len(data.fake) - keep):], quantize(x0, data.levels)])
     fit_steps(run, data, n_steps)
 
 # %% ../nbs/06_reward.ipynb #21a34706
@@ -235,6 +241,49 @@ def class_log_prob(
 )->Callable:        # reward(x0) -> log p(label | x0), shape (B,)
     "Reward pictures that look like one class."
     return lambda x0: net(x0.clamp(-1, 1)).log_softmax(1)[:, label]
+
+# %% ../nbs/06_reward.ipynb #a4dd6ed7
+class Witness:
+    "Rewards pictures of kinds that are rarer in their batch than among real pictures."
+    def __init__(self,
+        model:RewardModel,  # Its classifiers' last hidden layers are the features
+        real:Tensor,        # Real pictures in [-1, 1], shape (N, C, H, W): the train split
+        n:int=1024,         # How many of them to compare with
+    ): self.model,self.real = model,quantize(real[:n], model.levels)
+
+    @torch.no_grad()
+    def _features(self, x): return torch.cat([net[:-1](x) for net in self.model.nets], 1)
+
+    @torch.no_grad()
+    def __call__(self, x0:Tensor)->Tensor: # Pictures, shape (B, C, H, W) -> shape (B,), mean near 0 where the batch is like real pictures
+        "Mean similarity to real pictures minus mean similarity to the other pictures of the batch."
+        real, fake = self._features(self.real), self._features(quantize(x0, self.model.levels))
+        mean, std = real.mean(0), real.std(0) + .1
+        real, fake = (real - mean) / std, (fake - mean) / std
+        to_real, to_fake = torch.cdist(fake, real).square(), torch.cdist(fake, fake).square()
+        width = torch.cdist(real[:256], real[:256]).square().median()
+        kernel = lambda d: sum((-d / (w * width)).exp() for w in (.25, .5, 1.))
+        return kernel(to_real).mean(1) - (kernel(to_fake).sum(1) - 3) / max(1, len(fake) - 1)   # 3: each is its own neighbour
+
+# %% ../nbs/06_reward.ipynb #5347f72c
+def with_variety(
+    reward:Callable,   # reward(x0) -> (B,)
+    witness:Callable,  # Another, of any scale, such as a `Witness`
+    weight:float=1.,   # Spread of the second part over that of the first
+)->Callable:           # reward(x0) -> (B,), with the mean of `reward`
+    "A reward plus a witness that spreads `weight` times as much."
+    def both(x0):
+        r, w = reward(x0), witness(x0)
+        return r + weight * r.std(correction=0) * (w - w.mean()) / w.std(correction=0).clamp(min=1e-8)
+    return both
+
+# %% ../nbs/06_reward.ipynb #ee8d3ae6
+def reward_of(
+    run:RewardTraining, # The reward model; `cfg.variety` weighs the witness
+    data:RealFake,      # Its real pictures
+)->Callable:            # reward(x0) -> (B,), following `run.model` as it is refreshed
+    "What fine-tuning pays: the reward model, and variety."
+    return with_variety(run.model, Witness(run.model, data.real), run.cfg.variety) if run.cfg.variety else run.model
 
 # %% ../nbs/06_reward.ipynb #7530667f
 def weighted_sum(
