@@ -253,13 +253,17 @@ def discriminator_auc(
     return float(roc_auc_score(torch.cat([torch.ones(len(real_test)), torch.zeros(len(fake_test))]).numpy(), torch.cat(scores).numpy()))
 
 # %% ../nbs/08_evaluate.ipynb #00cb5f4b
+def _shares(judge, features):
+    "Share of each class (n_classes,) among described pictures."
+    logits = judge.net.head(features)
+    return torch.bincount(logits.argmax(1), minlength=logits.shape[1]).double().cpu() / len(features)
+
 def class_histogram(
     judge:Judge, # The judge
     x:Tensor,    # Pictures (B, C, H, W) in [-1, 1]
 )->Tensor:       # Share of each class (n_classes,), float64 on the CPU, sums to 1
     "How often the judge sees each class."
-    p = judge.classes(x)
-    return torch.bincount(p.argmax(1), minlength=p.shape[1]).double().cpu() / len(x)
+    return _shares(judge, judge.features(x))
 
 def total_variation(
     p:Tensor, # Histogram (n_classes,) that sums to 1
@@ -293,7 +297,7 @@ def evaluate(
     precision, recall = precision_recall(b, a)
     out = dict(fd=frechet_distance(a, b), kd=kernel_distance(a, b), precision=precision, recall=recall)
     if auc: out["discriminator_auc"] = _cross_auc(fake, real, splits.judge.unit().to(judge.device) if which == "test" else None, seed)
-    if judge.labelled: out["class_tv"] = total_variation(class_histogram(judge, fake), class_histogram(judge, real))
+    if judge.labelled: out["class_tv"] = total_variation(_shares(judge, a), _shares(judge, b))
     return out | dict(n=len(fake))
 
 # %% ../nbs/08_evaluate.ipynb #1b149047
@@ -312,11 +316,15 @@ def floor(
     n:int|None=None,     # Real pictures in the place of generated ones: as many as you evaluate; None: the whole train split
     which:str="test",    # As in `evaluate`
     seed:int=0,          # Seed of the choice of pictures, and of the discriminators
-    auc:bool=True,       # False leaves out the discriminators
-)->dict:                 # What `evaluate` returns
+    auc:bool=True,       # False leaves out the discriminators, which look at the first choice only
+    repeats:int=8,       # Choices to average over, at least 2
+)->dict:                 # What `evaluate` returns, averaged; and fd_std, the standard deviation of one fd
     "What a perfect model would score: real pictures of the train split in the place of generated ones."
     train, g = splits.train, seeded(seed, "floor")
     if n is None: n = len(train)
     if not 1 <= n <= len(train): raise ValueError(f"n must lie in 1..{len(train)}, the size of the train split, got {n}; evaluate fewer pictures, or take a larger train split")
-    chosen = torch.randperm(len(train), generator=g)[:n] if train.y is None else _as_if_drawn(train.y, n, g)
-    return evaluate(judge, train.unit(chosen), splits, which, seed, auc)
+    if repeats < 2: raise ValueError(f"repeats must be at least 2, got {repeats}; one choice has no spread")
+    pick = lambda: torch.randperm(len(train), generator=g)[:n] if train.y is None else _as_if_drawn(train.y, n, g)
+    rows = [evaluate(judge, train.unit(pick()), splits, which, seed, auc and i == 0) for i in range(repeats)]
+    mean = {k: sum(r[k] for r in rows if k in r) / sum(k in r for r in rows) for k in rows[0]}
+    return mean | dict(n=n, fd_std=torch.tensor([r["fd"] for r in rows]).std().item())

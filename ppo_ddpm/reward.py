@@ -36,6 +36,11 @@ class RewardNet(nn.Sequential):
             layers += conv(w, min(2 * w, 4 * width), 2); w = min(2 * w, 4 * width)
         super().__init__(*layers, *conv(w, w, 1), nn.Flatten(), nn.Linear(16 * w, n_out))
 
+    def features(self, x): # Pictures, shape (B, C, H, W) -> the last hidden layer, shape (B, F)
+        "What the last layer sees."
+        for layer in list(self)[:-1]: x = layer(x)
+        return x
+
 # %% ../nbs/06_reward.ipynb #d227598a
 def blank_pictures(
     n:int,                     # How many
@@ -252,7 +257,7 @@ class Witness:
     ): self.model,self.real = model,quantize(real[:n], model.levels)
 
     @torch.no_grad()
-    def _features(self, x): return torch.cat([net[:-1](x) for net in self.model.nets], 1)
+    def _features(self, x): return torch.cat([net.features(x) for net in self.model.nets], 1)
 
     @torch.no_grad()
     def __call__(self, x0:Tensor)->Tensor: # Pictures, shape (B, C, H, W) -> shape (B,), mean near 0 where the batch is like real pictures
