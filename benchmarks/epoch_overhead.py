@@ -7,7 +7,10 @@
 Contestants, turn by turn in one process:
 - round: one round of `ppo_ddpm.finetune` with everything on (reference KL, control variate, average of the weights), always the
   same round from the same weights; the refresh of the reward model is not part of it and is reported beside it;
-- bare: the forward and backward passes of that very round, recorded from it and replayed on the same networks, and nothing else.
+- bare: the forward and backward passes of that very round, recorded from it and replayed on the same networks, and nothing else;
+- distinct: the bare passes without those that repeat an earlier one (same network, same pictures). It is no goal, but says what a
+  round would cost that remembered everything.
+The reward is the one that the command pays: the classifiers, and the witness of variety where `train_reward.variety` is above 0.
 """
 import argparse, copy, statistics, sys, tempfile, time
 from pathlib import Path
@@ -18,7 +21,7 @@ import torch
 
 from ppo_ddpm.cli import draw, parse, prepare, reward_parts
 from ppo_ddpm.finetune import Finetuning, finetune
-from ppo_ddpm.reward import refresh_reward
+from ppo_ddpm.reward import refresh_reward, reward_of
 
 GOAL = 1.10
 
@@ -28,14 +31,24 @@ class Recorder:
     def __init__(self, networks): self.networks, self.calls = networks, []
 
     def __enter__(self):
-        self.hooks = [net.register_forward_hook(lambda net, args, out, name=name: self._note(name, args, out)) for name, net in self.networks.items()]
+        self.hooks = [net.register_forward_hook(lambda net, args, out, name=name: self._note(name, "forward", args, out)) for name, net in self.networks.items()]
+        for name, net in self.networks.items():      # the witness asks for features, which no hook sees
+            if hasattr(net, "features"): net.features = self._noting(name, net.features)
         return self
 
     def __exit__(self, *_):
         for h in self.hooks: h.remove()
+        for net in self.networks.values(): net.__dict__.pop("features", None)
 
-    def _note(self, name, args, out):
-        call = dict(name=name, args=[a.detach().clone() for a in args], grad=None)
+    def _noting(self, name, features):
+        def noted(x):
+            out = features(x)
+            self._note(name, "features", [x], out)
+            return out
+        return noted
+
+    def _note(self, name, what, args, out):
+        call = dict(name=name, what=what, args=[a.detach().clone() for a in args], grad=None)
         if out.requires_grad: out.register_hook(lambda g: call.update(grad=g.detach().clone()))
         self.calls.append(call)
 
@@ -43,7 +56,8 @@ class Recorder:
         "{network and direction: pictures}"
         counts = {}
         for c in self.calls:
-            counts[c["name"] + ", forward"] = counts.get(c["name"] + ", forward", 0) + len(c["args"][0])
+            key = f'{c["name"]}, {c["what"]}'
+            counts[key] = counts.get(key, 0) + len(c["args"][0])
             if c["grad"] is not None: counts[c["name"] + ", backward"] = counts.get(c["name"] + ", backward", 0) + len(c["args"][0])
         return counts
 
@@ -53,10 +67,19 @@ def replay(networks, calls):
     for c in calls:
         net = networks[c["name"]]
         if c["grad"] is None:
-            with torch.no_grad(): net(*c["args"])
+            with torch.no_grad(): (net if c["what"] == "forward" else net.features)(*c["args"])
         else:
             net(*c["args"]).backward(c["grad"])
             net.zero_grad()
+
+
+def distinct(calls):
+    "The calls without repetitions; a whole pass has the features in it, and passes with a gradient are all kept."
+    kept = []
+    for c in sorted(calls, key=lambda c: c["what"] == "features"):
+        same = lambda k: k["name"] == c["name"] and k["grad"] is None and all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(k["args"], c["args"]))
+        if c["grad"] is not None or not any(map(same, kept)): kept.append(c)
+    return kept
 
 
 def clock(f, device):
@@ -67,14 +90,18 @@ def clock(f, device):
     sync(); return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def expected(job):
-    "The pictures that a round must process, by arithmetic."
+def expected(job, n_real):
+    "The pictures that a round must process, by arithmetic; `n_real` real ones are compared with by the witness."
     cfg, d = job.cfg.finetune, job.ddim.n_decisions
     pairs = d * cfg.episodes_per_epoch * cfg.passes
     counts = {"policy, forward": job.ddim.n_steps * cfg.episodes_per_epoch + pairs, "policy, backward": pairs}
     if cfg.kl: counts["reference, forward"] = pairs
     judged = cfg.episodes_per_epoch * (1 + (d if cfg.control_variate else 0))
-    return counts | {f"reward {i}, forward": judged for i in range(job.cfg.train_reward.n_models)}
+    asked = judged // cfg.episodes_per_epoch
+    for i in range(job.cfg.train_reward.n_models):
+        counts[f"reward {i}, forward"] = judged
+        if job.cfg.train_reward.variety: counts[f"reward {i}, features"] = judged + asked * n_real
+    return counts
 
 
 def row(name, times, bare=None):
@@ -102,25 +129,26 @@ def main():
     paid, data = reward_parts(job, load=False)   # untrained: its passes take as long
     run, shape, seed = Finetuning(job.model, job.cfg.finetune), job.shape, job.cfg.seed
     networks = {"policy": run.policy, "reference": run.reference} | {f"reward {i}": net for i, net in enumerate(paid.model.nets)}
-    start = copy.deepcopy(run.state_dict())
+    start, reward = copy.deepcopy(run.state_dict()), reward_of(paid, data)
 
-    def one_round(): next(finetune(run, job.ddim, paid.model, shape, seed=seed))
+    def one_round(): next(finetune(run, job.ddim, reward, shape, seed=seed))
     def rewind(): run.load_state_dict(copy.deepcopy(start))
 
     with Recorder(networks) as made: one_round()
     with Recorder(networks) as repeated: rewind(); replay(networks, made.calls)
-    counts, right = made.pictures(), expected(job)
+    counts, right = made.pictures(), expected(job, min(1024, len(data.real)))
     if not counts == repeated.pictures() == right:
         sys.exit(f"the contestants do not process the same pictures: round {counts}, bare {repeated.pictures()}, expected {right}")
     print("both process, in pictures: " + ", ".join(f"{k} {v}" for k, v in counts.items()), flush=True)
 
-    full, bare, refresh, x0 = [], [], [], draw(job, run.policy, job.cfg.finetune.episodes_per_epoch, "refresh")
+    once, full, bare, least, refresh, x0 = distinct(made.calls), [], [], [], [], draw(job, run.policy, job.cfg.finetune.episodes_per_epoch, "refresh")
     for i in range(-2, args.rounds):             # two to warm up
         def time_round(): rewind(); full.append(clock(one_round, job.device))
         def time_bare(): rewind(); bare.append(clock(lambda: replay(networks, made.calls), job.device))
-        for f in (time_round, time_bare) if i % 2 else (time_bare, time_round): f()
+        def time_least(): rewind(); least.append(clock(lambda: replay(networks, once), job.device))
+        for f in (time_round, time_bare, time_least)[::1 if i % 2 else -1]: f()
         refresh.append(clock(lambda: refresh_reward(paid, data, x0, job.cfg.finetune.refresh_steps), job.device))
-    full, bare, refresh = full[2:], bare[2:], refresh[2:]
+    full, bare, least, refresh = full[2:], bare[2:], least[2:], refresh[2:]
 
     ratio = statistics.median(a[1] / b[1] for a, b in zip(full, bare))
     c = job.cfg.finetune
@@ -131,7 +159,7 @@ def main():
         f"{run.policy.n_params:,} parameters, {job.cfg.train_reward.n_models} reward networks. Pictures in a round: " + ", ".join(f"{k} {v}" for k, v in counts.items()) + ".",
         f"Median (smallest to largest) of {args.rounds} turns; a ratio is that of two runs in the same turn. Processor time sums over threads.",
         markdown(["", "wall, ms", "processor, ms", "ratio, wall", "ratio, processor"],
-                 [row("a round of `finetune`", full, bare), row("its bare passes", bare), row(f"refresh, every {c.refresh_every} rounds, not in the above", refresh)]),
+                 [row("a round of `finetune`", full, bare), row("its bare passes", bare), row("its distinct passes", least), ["a round over its distinct passes", "", "", *row("", full, least)[3:]], row(f"refresh, every {c.refresh_every} rounds, not in the above", refresh)]),
         f"Goal: a ratio of at most {GOAL:.2f} in processor time, which does not depend on what else the machine does. Measured: {ratio:.3f}, {'reached' if ratio <= GOAL else 'NOT reached'}."])
     print(text)
     if not args.no_write: (folder / "results" / "epoch_overhead.md").write_text(text + "\n", encoding="utf-8")
