@@ -10,9 +10,9 @@ _home = dict(
     NoiseSchedule="schedule",
     UNet="unet", save_weights="unet", load_weights="unet",
     Pictures="data", load_pictures="data", split="data",
-    train_ddpm="ddpm",
+    train_ddpm="ddpm", pretrained="ddpm",
     DDIM="sampling", sample="sampling", rollout="sampling",
-    RewardNet="reward", RealFake="reward",
+    RewardModel="reward", RealFake="reward",
     ppo_loss="ppo", ppo_update="ppo",
     train_judge="evaluate", frechet_distance="evaluate",
 )

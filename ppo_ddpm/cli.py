@@ -113,7 +113,7 @@ def parse(
     return job
 
 # %% ../nbs/10_cli.ipynb #b9e97faa
-MAY_CHANGE = {"device", "data.root", "data.download", "train_ddpm.num_steps", "train_reward.num_epochs", "finetune.num_epochs"}
+MAY_CHANGE = {"device", "data.root", "data.download", "train_ddpm.num_steps", "finetune.num_epochs"}
 
 def _check_same(old, new, path):
     "ValueError if a resumed run would go on with other settings."
@@ -188,6 +188,8 @@ def open_run(
     job.writer = SummaryWriter(str(job.out), purge_step=done + 1 if job.resume else None)
     text = (job.out/"config.yaml").read_text(encoding="utf-8")
     job.writer.add_text("config", "    " + text.replace("\n", "\n    "), done)
+    for rec in job.state.get("reward_history", []):
+        if rec["epoch"] > done: log_record(job.writer, rec, prefix="reward_model/")   # purge_step hides what came after `done`
     job.start -= job.state.get("seconds", 0)
     print(f"folder: {job.out}" + (f", going on after {done}" if job.resume else ""), flush=True)
 

@@ -14,7 +14,7 @@ import ppo_ddpm.cli as cli
 import ppo_ddpm.evaluate as evaluation
 from ppo_ddpm.core import load_config, seeded
 
-SMOKE = ["--cfg", "smoke", "--finetune.num_epochs", "3", "--evaluate.every", "2", "--evaluate.full_steps", "6"]
+SMOKE = ["--cfg", "smoke", "--finetune.num_epochs", "3", "--evaluate.every", "2", "--evaluate.full_steps", "6", "--train_reward.num_epochs", "4"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,7 +126,8 @@ def test_finetune_stops_and_goes_on_exactly(finetuned, tmp_path, capsys):
     run("finetune", "--resume", "--out", out)                        # the settings are those of the folder
     assert same(out / "policy.safetensors", finetuned / "policy.safetensors")
     assert history(out) == history(finetuned)
-    assert [s for s, _ in events(out)[1]["reward"]] == [1, 2, 3]
+    scalars = events(out)[1]
+    assert [s for s, _ in scalars["reward"]] == [1, 2, 3] and [s for s, _ in scalars["reward_model/loss"]] == [1, 2, 3, 4]
 
 
 def test_train_ddpm_stops_and_goes_on_exactly(tmp_path):

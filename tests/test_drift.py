@@ -16,7 +16,7 @@ settings.read(root / "settings.ini", encoding="utf-8")
 settings = settings["DEFAULT"]
 repo_url = settings["git_url"]
 
-MAX_LINES, MAX_CLASS_LINES, MEDIAN_LINES, MAX_BYTES = 20, 40, 5, 1_500_000
+MAX_LINES, MAX_CLASS_LINES, MEDIAN_LINES, MAX_BYTES = 30, 40, 8, 1_500_000
 each_notebook = pytest.mark.parametrize("path", notebooks, ids=lambda p: p.stem)
 
 

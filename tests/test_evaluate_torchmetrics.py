@@ -9,6 +9,8 @@ from ppo_ddpm.core import seeded
 from ppo_ddpm.data import load_pictures, quantize, split
 from ppo_ddpm.evaluate import frechet_distance, kernel_distance, train_judge
 
+pytestmark = pytest.mark.filterwarnings("ignore:Metric .Kernel Inception Distance. will save all")
+
 
 class Given(nn.Module):
     "A feature network whose features are what it is given."
