@@ -51,7 +51,7 @@ def ppo_loss(
     clip_eps:float=0.2,  # The ratio may usefully leave 1 by this much, above 0
 )->Tensor:               # Loss of each decision, shape (B,)
     "PPO's clipped objective ([Schulman et al. 2017](https://arxiv.org/abs/1707.06347), eq. 7), as a loss."
-    ratio = log_r.exp()
+    ratio = log_r.clamp(max=20).exp()    # far beyond any use; without it exp overflows at 89 and the gradient is NaN
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantage)
 
 # %% ../nbs/07_ppo.ipynb #5232e030

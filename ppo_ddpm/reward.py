@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RewardNet', 'blank_pictures', 'corrupt', 'RealFake', 'RewardModel', 'RewardTraining', 'fit_steps', 'rank_auc',
            'train_reward', 'refresh_reward', 'ink', 'file_size', 'train_classifier', 'class_log_prob', 'Witness',
-           'with_variety', 'reward_of', 'weighted_sum', 'checked']
+           'add_variety', 'reward_of', 'weighted_sum', 'checked']
 
 # %% ../nbs/06_reward.ipynb #838e58f9
 import io
@@ -117,14 +117,20 @@ class RewardModel(nn.Module):
         self.levels,self.alpha = levels,alpha
 
     @torch.no_grad()
-    def logit(self, x0): # Pictures, shape (B, C, H, W) -> mean logits, shape (B,): above 0 is "real"
-        "What the classifiers say."
+    def features(self, x0): # Pictures, shape (B, C, H, W) -> one table of shape (B, F) per classifier
+        "What the classifiers' last layers see of pictures, rounded to grey levels."
         x = quantize(x0, self.levels)
-        return torch.stack([net(x)[:, 0] for net in self.nets]).mean(0)
+        return [net.features(x) for net in self.nets]
 
-    def forward(self, x0): # Pictures, shape (B, C, H, W) -> rewards, shape (B,): above 0 is "real"
+    @torch.no_grad()
+    def logit(self, x0, features=None): # Pictures, or their `features` -> mean logits, shape (B,): above 0 is "real"
+        "What the classifiers say."
+        return torch.stack([net[-1](f)[:, 0] for net, f in zip(self.nets, features or self.features(x0))]).mean(0)
+
+    def forward(self, x0, features=None): # Pictures, or their `features` -> rewards, shape (B,): above 0 is "real"
         "What is paid: the Box-Cox transform of the density ratio exp(logit)."
-        return torch.expm1(self.alpha * self.logit(x0)) / self.alpha if self.alpha else self.logit(x0)
+        l = self.logit(x0, features)
+        return torch.expm1(self.alpha * l) / self.alpha if self.alpha else l
 
 class RewardTraining:
     "A reward model and its optimisers: what changes during training."
@@ -251,44 +257,46 @@ def class_log_prob(
 class Witness:
     "Rewards pictures of kinds that are rarer in their batch than among real pictures."
     def __init__(self,
-        model:RewardModel,  # Its classifiers' last hidden layers are the features
-        real:Tensor,        # Real pictures in [-1, 1], shape (N, C, H, W): the train split
-        n:int=1024,         # How many of them to compare with
-    ): self.model,self.real = model,quantize(real[:n], model.levels)
+        real:Tensor, # Features of real pictures, shape (N, F)
+    ):
+        self.mean,self.std = real.mean(0),real.std(0) + .1
+        self.real = self._scale(real)
+        self.width = torch.cdist(self.real[:256], self.real[:256]).square().median()
 
-    @torch.no_grad()
-    def _features(self, x): return torch.cat([net.features(x) for net in self.model.nets], 1)
+    def _scale(self, f): return (f - self.mean) / self.std
 
-    @torch.no_grad()
-    def __call__(self, x0:Tensor)->Tensor: # Pictures, shape (B, C, H, W) -> shape (B,), mean near 0 where the batch is like real pictures
+    def _kernel(self, a, b):
+        e = (-torch.cdist(a, b).square() / self.width).exp()
+        return e + e**2 + e**4                                                          # three widths
+
+    def __call__(self,
+        fake:Tensor, # Features of a batch, shape (B, F)
+    )->Tensor:       # Shape (B,); mean near 0 where the batch is like real pictures
         "Mean similarity to real pictures minus mean similarity to the other pictures of the batch."
-        real, fake = self._features(self.real), self._features(quantize(x0, self.model.levels))
-        mean, std = real.mean(0), real.std(0) + .1
-        real, fake = (real - mean) / std, (fake - mean) / std
-        to_real, to_fake = torch.cdist(fake, real).square(), torch.cdist(fake, fake).square()
-        width = torch.cdist(real[:256], real[:256]).square().median()
-        kernel = lambda d: sum((-d / (w * width)).exp() for w in (.25, .5, 1.))
-        return kernel(to_real).mean(1) - (kernel(to_fake).sum(1) - 3) / max(1, len(fake) - 1)   # 3: each is its own neighbour
+        fake = self._scale(fake)
+        return self._kernel(fake, self.real).mean(1) - (self._kernel(fake, fake).sum(1) - 3) / max(1, len(fake) - 1)   # 3: each is its own neighbour
 
 # %% ../nbs/06_reward.ipynb #5347f72c
-def with_variety(
-    reward:Callable,   # reward(x0) -> (B,)
-    witness:Callable,  # Another, of any scale, such as a `Witness`
+def add_variety(
+    r:Tensor,          # Rewards, shape (B,)
+    w:Tensor,          # What a witness says of the same pictures, shape (B,)
     weight:float=1.,   # Spread of the second part over that of the first
-)->Callable:           # reward(x0) -> (B,), with the mean of `reward`
-    "A reward plus a witness that spreads `weight` times as much."
-    def both(x0):
-        r, w = reward(x0), witness(x0)
-        return r + weight * r.std(correction=0) * (w - w.mean()) / w.std(correction=0).clamp(min=1e-8)
-    return both
+)->Tensor:             # Shape (B,), with the mean of `r`
+    "Rewards plus a witness that spreads `weight` times as much."
+    return r + weight * r.std(correction=0) * (w - w.mean()) / w.std(correction=0).clamp(min=1e-8)
 
 # %% ../nbs/06_reward.ipynb #ee8d3ae6
 def reward_of(
     run:RewardTraining, # The reward model; `cfg.variety` weighs the witness
-    data:RealFake,      # Its real pictures
+    data:RealFake,      # Its real pictures, of which up to 1024 are compared with
 )->Callable:            # reward(x0) -> (B,), following `run.model` as it is refreshed
     "What fine-tuning pays: the reward model, and variety."
-    return with_variety(run.model, Witness(run.model, data.real), run.cfg.variety) if run.cfg.variety else run.model
+    witness = [None, None]                                                              # and the step of `run` that it belongs to
+    def reward(x0):
+        features = run.model.features(x0)
+        if witness[1] != run.step: witness[:] = Witness(torch.cat(run.model.features(data.real[:1024]), 1)), run.step
+        return add_variety(run.model(x0, features), witness[0](torch.cat(features, 1)), run.cfg.variety)
+    return reward if run.cfg.variety else run.model
 
 # %% ../nbs/06_reward.ipynb #7530667f
 def weighted_sum(

@@ -215,6 +215,7 @@ class UNet(nn.Module):
         self.config = dict(size=size, in_channels=in_channels, channels=channels, n_blocks=n_blocks, attn=attn, attn_up=attn_up, dropout=dropout,
                            head_dim=head_dim, groups=groups, eps=eps, flip_sin_to_cos=flip_sin_to_cos, freq_shift=freq_shift)
         self._build(**self.config)
+        self.to(memory_format=torch.channels_last)   # a fifth faster on a CPU, and what tensor cores want
 
     @property
     def n_params(self)->int: return sum(p.numel() for p in self.parameters())
