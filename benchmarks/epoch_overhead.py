@@ -10,7 +10,7 @@ Contestants, turn by turn in one process:
 - bare: the forward and backward passes of that very round, recorded from it and replayed on the same networks, and nothing else;
 - distinct: the bare passes without those that repeat an earlier one (same network, same pictures). It is no goal, but says what a
   round would cost that remembered everything.
-The reward is the one that the command pays: the classifiers, and the witness of variety where `train_reward.variety` is above 0.
+The reward is the one that the command pays: the classifiers, and the count of kinds where `train_reward.variety` is above 0.
 """
 import argparse, copy, statistics, sys, tempfile, time
 from pathlib import Path
@@ -31,24 +31,14 @@ class Recorder:
     def __init__(self, networks): self.networks, self.calls = networks, []
 
     def __enter__(self):
-        self.hooks = [net.register_forward_hook(lambda net, args, out, name=name: self._note(name, "forward", args, out)) for name, net in self.networks.items()]
-        for name, net in self.networks.items():      # the witness asks for features, which no hook sees
-            if hasattr(net, "features"): net.features = self._noting(name, net.features)
+        self.hooks = [net.register_forward_hook(lambda net, args, out, name=name: self._note(name, args, out)) for name, net in self.networks.items()]
         return self
 
     def __exit__(self, *_):
         for h in self.hooks: h.remove()
-        for net in self.networks.values(): net.__dict__.pop("features", None)
 
-    def _noting(self, name, features):
-        def noted(x):
-            out = features(x)
-            self._note(name, "features", [x], out)
-            return out
-        return noted
-
-    def _note(self, name, what, args, out):
-        call = dict(name=name, what=what, args=[a.detach().clone() for a in args], grad=None)
+    def _note(self, name, args, out):
+        call = dict(name=name, args=[a.detach().clone() for a in args], grad=None)
         if out.requires_grad: out.register_hook(lambda g: call.update(grad=g.detach().clone()))
         self.calls.append(call)
 
@@ -56,9 +46,8 @@ class Recorder:
         "{network and direction: pictures}"
         counts = {}
         for c in self.calls:
-            key = f'{c["name"]}, {c["what"]}'
-            counts[key] = counts.get(key, 0) + len(c["args"][0])
-            if c["grad"] is not None: counts[c["name"] + ", backward"] = counts.get(c["name"] + ", backward", 0) + len(c["args"][0])
+            for key in [c["name"] + ", forward"] + [c["name"] + ", backward"] * (c["grad"] is not None):
+                counts[key] = counts.get(key, 0) + len(c["args"][0])
         return counts
 
 
@@ -67,16 +56,16 @@ def replay(networks, calls):
     for c in calls:
         net = networks[c["name"]]
         if c["grad"] is None:
-            with torch.no_grad(): (net if c["what"] == "forward" else net.features)(*c["args"])
+            with torch.no_grad(): net(*c["args"])
         else:
             net(*c["args"]).backward(c["grad"])
             net.zero_grad()
 
 
 def distinct(calls):
-    "The calls without repetitions; a whole pass has the features in it, and passes with a gradient are all kept."
+    "The calls without repetitions; passes with a gradient are all kept."
     kept = []
-    for c in sorted(calls, key=lambda c: c["what"] == "features"):
+    for c in calls:
         same = lambda k: k["name"] == c["name"] and k["grad"] is None and all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(k["args"], c["args"]))
         if c["grad"] is not None or not any(map(same, kept)): kept.append(c)
     return kept
@@ -90,18 +79,14 @@ def clock(f, device):
     sync(); return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def expected(job, n_real):
-    "The pictures that a round must process, by arithmetic; `n_real` real ones are compared with by the witness."
+def expected(job):
+    "The pictures that a round must process, by arithmetic."
     cfg, d = job.cfg.finetune, job.ddim.n_decisions
     pairs = d * cfg.episodes_per_epoch * cfg.passes
     counts = {"policy, forward": job.ddim.n_steps * cfg.episodes_per_epoch + pairs, "policy, backward": pairs}
     if cfg.kl: counts["reference, forward"] = pairs
     judged = cfg.episodes_per_epoch * (1 + (d if cfg.control_variate else 0))
-    asked = judged // cfg.episodes_per_epoch
-    for i in range(job.cfg.train_reward.n_models):
-        counts[f"reward {i}, forward"] = judged
-        if job.cfg.train_reward.variety: counts[f"reward {i}, features"] = judged + asked * n_real
-    return counts
+    return counts | {f"reward {i}, forward": judged for i in range(job.cfg.train_reward.n_models)}
 
 
 def row(name, times, bare=None):
@@ -136,7 +121,7 @@ def main():
 
     with Recorder(networks) as made: one_round()
     with Recorder(networks) as repeated: rewind(); replay(networks, made.calls)
-    counts, right = made.pictures(), expected(job, min(1024, len(data.real)))
+    counts, right = made.pictures(), expected(job)
     if not counts == repeated.pictures() == right:
         sys.exit(f"the contestants do not process the same pictures: round {counts}, bare {repeated.pictures()}, expected {right}")
     print("both process, in pictures: " + ", ".join(f"{k} {v}" for k, v in counts.items()), flush=True)

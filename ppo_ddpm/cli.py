@@ -138,7 +138,7 @@ def prepare(
     job.splits, job.shape = split(pictures), tuple(pictures.x.shape[1:])
     model, job.schedule = model_for(cfg, lambda s: print(s, flush=True), untrained)
     job.model = model.to(job.device)
-    job.ddim = DDIM(job.schedule, cfg.finetune.ddim_steps, cfg.finetune.eta, cfg.finetune.spacing).to(job.device)
+    job.ddim = DDIM(job.schedule, cfg.finetune.ddim_steps, cfg.finetune.eta, cfg.finetune.spacing, cfg.finetune.power).to(job.device)
 
 # %% ../nbs/10_cli.ipynb #be3d42c9
 def _check_folder(job):
@@ -172,7 +172,7 @@ def sampler(
     n_steps:int,  # Steps K
 )->DDIM:          # As the job's sampler, with another number of steps
     "A slower or faster sampler."
-    return DDIM(job.schedule, n_steps, job.cfg.finetune.eta, job.cfg.finetune.spacing).to(job.device)
+    return DDIM(job.schedule, n_steps, job.cfg.finetune.eta, job.cfg.finetune.spacing, job.cfg.finetune.power).to(job.device)
 
 # %% ../nbs/10_cli.ipynb #1f0cf988
 def open_run(

@@ -243,11 +243,12 @@ class TrainReward:
     num_epochs: int = 20          # Passes over the set, at least 1
     n_models: int = 2             # Classifiers whose logits are averaged, at least 1
     alpha: float = 0.5            # What is paid: 0 the logit l, above it (exp(alpha l) - 1) / alpha, [0, 1]
-    variety: float = 1.           # Spread of the reward for kinds that are rare in the batch, over that of the classifiers; at least 0; 0: none
+    variety: float = 1.           # Weight of how rare a picture's kind is among those drawn (nats), beside the logit; at least 0; 0: none
+    n_kinds: int = 20             # Kinds of pictures, found by k-means on the real ones, at least 1
     save: bool = True             # Write the weights into the run folder
     def __post_init__(self):
         _within(self, "train_reward", num_img="[1, inf)", num_noise="[0, inf)", num_corrupt="[0, inf)", batch_size="[1, inf)", num_workers="[0, inf)",
-                lr="(0, inf)", label_smoothing="[0, 1)", instance_noise="[0, inf)", num_epochs="[1, inf)", n_models="[1, inf)", alpha="[0, 1]", variety="[0, inf)")
+                lr="(0, inf)", label_smoothing="[0, 1)", instance_noise="[0, inf)", num_epochs="[1, inf)", n_models="[1, inf)", alpha="[0, 1]", variety="[0, inf)", n_kinds="[1, inf)")
 
 # %% ../nbs/00_core.ipynb #25bb260a
 @dataclass(frozen=True)
@@ -259,6 +260,7 @@ class Finetune:
     ddim_steps: int = 4           # Steps K of the sampler, 1 to schedule.T
     eta: float = 1.               # Noise of the sampler, (0, 1]
     spacing: Literal["trailing", "leading", "linspace"] = "trailing" # How the K steps are chosen among T
+    power: float = 1.             # Bends that grid: above 1 it is denser towards the picture; at least 0.5, at most 3
     clip_eps: float = 0.2         # The probability ratio is clipped to 1 +- this, above 0; log-probs are summed over pixels (nats)
     episodes_per_epoch: int = 256 # Pictures drawn per round, at least 1
     microbatch: int = 64          # Episodes' worth of (episode, step) pairs per optimiser step, at least 1
@@ -274,7 +276,7 @@ class Finetune:
     save: bool = True             # Write the weights into the run folder
     def __post_init__(self):
         if self.eta == 0: raise ValueError("finetune.eta must lie in (0, 1], got 0: a step without noise has no density, so PPO cannot learn; choose 1")
-        _within(self, "finetune", lr="(0, inf)", num_epochs="[1, inf)", ddim_steps="[1, inf)", eta="(0, 1]", clip_eps="(0, inf)",
+        _within(self, "finetune", lr="(0, inf)", num_epochs="[1, inf)", ddim_steps="[1, inf)", eta="(0, 1]", power="[0.5, 3]", clip_eps="(0, inf)",
                 episodes_per_epoch="[1, inf)", microbatch="[1, inf)", max_batch="[1, inf)", passes="[1, inf)", grad_clip="(0, inf)", kl="[0, inf)", ema="[0, 1)",
                 adv_clip="(0, inf)", refresh_every="[0, inf)", refresh_steps="[1, inf)")
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RewardNet', 'blank_pictures', 'corrupt', 'RealFake', 'RewardModel', 'RewardTraining', 'fit_steps', 'rank_auc',
-           'train_reward', 'refresh_reward', 'ink', 'file_size', 'train_classifier', 'class_log_prob', 'Witness',
-           'add_variety', 'reward_of', 'weighted_sum', 'checked']
+           'train_reward', 'refresh_reward', 'ink', 'file_size', 'train_classifier', 'class_log_prob', 'Kinds',
+           'reward_of', 'weighted_sum', 'checked']
 
 # %% ../nbs/06_reward.ipynb #838e58f9
 import io
@@ -35,11 +35,6 @@ class RewardNet(nn.Sequential):
         for _ in range(int(math.log2(size)) - 2):
             layers += conv(w, min(2 * w, 4 * width), 2); w = min(2 * w, 4 * width)
         super().__init__(*layers, *conv(w, w, 1), nn.Flatten(), nn.Linear(16 * w, n_out))
-
-    def features(self, x): # Pictures, shape (B, C, H, W) -> the last hidden layer, shape (B, F)
-        "What the last layer sees."
-        for layer in list(self)[:-1]: x = layer(x)
-        return x
 
 # %% ../nbs/06_reward.ipynb #d227598a
 def blank_pictures(
@@ -117,20 +112,16 @@ class RewardModel(nn.Module):
         self.levels,self.alpha = levels,alpha
 
     @torch.no_grad()
-    def features(self, x0): # Pictures, shape (B, C, H, W) -> one table of shape (B, F) per classifier
-        "What the classifiers' last layers see of pictures, rounded to grey levels."
-        x = quantize(x0, self.levels)
-        return [net.features(x) for net in self.nets]
-
-    @torch.no_grad()
-    def logit(self, x0, features=None): # Pictures, or their `features` -> mean logits, shape (B,): above 0 is "real"
+    def logit(self, x0): # Pictures, shape (B, C, H, W) -> mean logits, shape (B,): above 0 is "real"
         "What the classifiers say."
-        return torch.stack([net[-1](f)[:, 0] for net, f in zip(self.nets, features or self.features(x0))]).mean(0)
+        x = quantize(x0, self.levels)
+        return torch.stack([net(x)[:, 0] for net in self.nets]).mean(0)
 
-    def forward(self, x0, features=None): # Pictures, or their `features` -> rewards, shape (B,): above 0 is "real"
-        "What is paid: the Box-Cox transform of the density ratio exp(logit)."
-        l = self.logit(x0, features)
-        return torch.expm1(self.alpha * l) / self.alpha if self.alpha else l
+    def pay(self, logit): # Log of a density ratio, any shape -> same shape
+        "What is paid for it: the Box-Cox transform of the ratio itself."
+        return torch.expm1(self.alpha * logit) / self.alpha if self.alpha else logit
+
+    def forward(self, x0): return self.pay(self.logit(x0))
 
 class RewardTraining:
     "A reward model and its optimisers: what changes during training."
@@ -202,7 +193,7 @@ def refresh_reward(
     data:RealFake,      # Its generated pictures are replaced
     x0:Tensor,          # The policy's newest pictures, shape (B, C, H, W)
     n_steps:int=16,     # Optimiser steps
-    keep:int=256,       # How many of the generated pictures before these stay
+    keep:int=512,       # How many of the generated pictures before these stay
 ):
     "Let the reward model see what the policy draws now."
     data.fake = torch.cat([data.fake[max(0, len(data.fake) - keep):], quantize(x0, data.levels)])
@@ -254,49 +245,48 @@ def class_log_prob(
     return lambda x0: net(x0.clamp(-1, 1)).log_softmax(1)[:, label]
 
 # %% ../nbs/06_reward.ipynb #a4dd6ed7
-class Witness:
-    "Rewards pictures of kinds that are rarer in their batch than among real pictures."
+class Kinds:
+    "Kinds of pictures, by k-means on the pixels of real ones (shrunk to 8 x 8)."
     def __init__(self,
-        real:Tensor, # Features of real pictures, shape (N, F)
+        real:Tensor,    # Real pictures in [-1, 1], shape (N, C, H, W): the train split
+        n:int=20,       # How many kinds; at most one for every 4 real pictures
+        seed:int=0,     # Seed of k-means
     ):
-        self.mean,self.std = real.mean(0),real.std(0) + .1
-        self.real = self._scale(real)
-        self.width = torch.cdist(self.real[:256], self.real[:256]).square().median()
+        from sklearn.cluster import KMeans
+        seen = self.shrink(real)
+        means = KMeans(max(1, min(n, len(real) // 4)), n_init=4, random_state=seed).fit(seen.cpu().numpy()).cluster_centers_
+        self.centres = torch.as_tensor(means, dtype=torch.float32, device=real.device)
+        self.share = self.count(self(real)) / len(real)
 
-    def _scale(self, f): return (f - self.mean) / self.std
+    def shrink(self, x): return F.adaptive_avg_pool2d(x, min(8, x.shape[-1])).flatten(1)
 
-    def _kernel(self, a, b):
-        e = (-torch.cdist(a, b).square() / self.width).exp()
-        return e + e**2 + e**4                                                          # three widths
+    def __call__(self, x0): # Pictures, shape (B, C, H, W) -> their kinds, int64, shape (B,)
+        "The nearest centre."
+        return torch.cdist(self.shrink(x0), self.centres).argmin(1)
 
-    def __call__(self,
-        fake:Tensor, # Features of a batch, shape (B, F)
-    )->Tensor:       # Shape (B,); mean near 0 where the batch is like real pictures
-        "Mean similarity to real pictures minus mean similarity to the other pictures of the batch."
-        fake = self._scale(fake)
-        return self._kernel(fake, self.real).mean(1) - (self._kernel(fake, fake).sum(1) - 3) / max(1, len(fake) - 1)   # 3: each is its own neighbour
+    def count(self, kinds): return torch.bincount(kinds, minlength=len(self.centres)).float()
 
-# %% ../nbs/06_reward.ipynb #5347f72c
-def add_variety(
-    r:Tensor,          # Rewards, shape (B,)
-    w:Tensor,          # What a witness says of the same pictures, shape (B,)
-    weight:float=1.,   # Spread of the second part over that of the first
-)->Tensor:             # Shape (B,), with the mean of `r`
-    "Rewards plus a witness that spreads `weight` times as much."
-    return r + weight * r.std(correction=0) * (w - w.mean()) / w.std(correction=0).clamp(min=1e-8)
+    def rarity(self,
+        kinds:Tensor,  # Kinds of some pictures, shape (B,)
+        drawn:Tensor,  # Kinds of what the policy draws, shape (M,)
+    )->Tensor:         # log p(c) - log q(c) in nats, shape (B,); as if one picture of each kind, on average, had been drawn besides
+        "How much too rare each picture's kind is."
+        n, one = self.count(drawn), self.share * len(self.centres)
+        return (self.share / (n + one) * (n + one).sum()).log()[kinds]
 
 # %% ../nbs/06_reward.ipynb #ee8d3ae6
 def reward_of(
-    run:RewardTraining, # The reward model; `cfg.variety` weighs the witness
-    data:RealFake,      # Its real pictures, of which up to 1024 are compared with
-)->Callable:            # reward(x0) -> (B,), following `run.model` as it is refreshed
-    "What fine-tuning pays: the reward model, and variety."
-    witness = [None, None]                                                              # and the step of `run` that it belongs to
+    run:RewardTraining, # The reward model; `cfg.variety` weighs the kinds
+    data:RealFake,      # Its real pictures, and the newest generated ones
+)->Callable:            # reward(x0) -> (B,), following `run.model` and `data.fake` as they are refreshed
+    "What fine-tuning pays: the reward model's logit plus how rare the kind is, as `RewardModel.pay` puts it."
+    if not run.cfg.variety: return run.model
+    kinds = Kinds(data.real, run.cfg.n_kinds, run.seed)
     def reward(x0):
-        features = run.model.features(x0)
-        if witness[1] != run.step: witness[:] = Witness(torch.cat(run.model.features(data.real[:1024]), 1)), run.step
-        return add_variety(run.model(x0, features), witness[0](torch.cat(features, 1)), run.cfg.variety)
-    return reward if run.cfg.variety else run.model
+        x = quantize(x0, data.levels)
+        here = kinds(x)
+        return run.model.pay(run.model.logit(x) + run.cfg.variety * kinds.rarity(here, torch.cat([kinds(data.fake), here])))
+    return reward
 
 # %% ../nbs/06_reward.ipynb #7530667f
 def weighted_sum(

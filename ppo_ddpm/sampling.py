@@ -22,6 +22,7 @@ def ddim_timesteps(
     T:int,                   # Noise levels of the schedule
     n_steps:int,             # Steps K that the sampler takes, 1..T
     spacing:str="trailing",  # "trailing", "leading" or "linspace"
+    power:float=1.,          # Above 1 the grid is bent: denser towards the picture
 )->Tensor:                   # Timesteps, int64, shape (K,), 0-based, falling
     "The grid of timesteps, as in [Lin et al. 2023](https://arxiv.org/abs/2305.08891), table 2; ValueError if K > T or the spacing is unknown."
     if not 1 <= n_steps <= T:
@@ -31,7 +32,9 @@ def ddim_timesteps(
     elif spacing == "leading":  t = (n_steps - 1 - k) * (T // n_steps)
     elif spacing == "linspace": t = (T - 1) * (1 - k / max(n_steps - 1, 1))
     else: raise ValueError(f"spacing must be trailing, leading or linspace, got {spacing!r}")
-    return t.round().long()
+    t = (t if power == 1 else T * ((t + 1) / T)**power - 1).round().long()
+    if (t.diff() >= 0).any(): raise ValueError(f"a grid of {n_steps} steps bent by the power {power} would visit a timestep twice; take fewer steps, or a power nearer to 1")
+    return t
 
 # %% ../nbs/05_sampling.ipynb #c83b4874
 class DDIM:
@@ -41,10 +44,11 @@ class DDIM:
         n_steps:int=4,           # Steps K, 1..T
         eta:float=1.,            # Noise put back, 0 (none) to 1 (as much as DDPM's)
         spacing:str="trailing",  # Grid: "trailing", "leading" or "linspace"
+        power:float=1.,          # Its bend, see `ddim_timesteps`
     ):
         if not 0 <= eta <= 1: raise ValueError(f"eta must lie in [0, 1], got {eta}; 1 adds as much noise as DDPM")
         self.n_steps,self.eta,self.spacing = n_steps,eta,spacing
-        self.t = ddim_timesteps(schedule.T, n_steps, spacing)
+        self.t = ddim_timesteps(schedule.T, n_steps, spacing, power)
         abar = schedule.abar64[self.t]
         prev = torch.cat([abar[1:], torch.ones(1, dtype=abar.dtype)])     # the last step ends on the clean picture
         sigma = eta * ((1 - prev) / (1 - abar) * (1 - abar / prev)).sqrt()
