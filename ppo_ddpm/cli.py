@@ -10,12 +10,14 @@ __all__ = ['KEEP_EVERY_S', 'COMMANDS', 'Options', 'parse', 'prepare', 'draw', 's
 
 # %% ../nbs/10_cli.ipynb #f86f2471
 import argparse, base64, difflib, html, io, itertools, json, math, os, platform, re, sys, time, warnings
-from contextlib import redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
 
+import fastprogress.fastprogress as fp
 import torch
 import tyro
 
@@ -24,7 +26,7 @@ from .core import Board, Config, atomic_write, load_config, pick_device, progres
 from .data import load_pictures, split
 from .ddpm import Pretraining, model_for, train_ddpm
 from .evaluate import evaluate, floor, train_judge
-from .finetune import Finetuning, finetune, watcher
+from .finetune import Finetuning, agree, finetune, watcher
 from .reward import RealFake, RewardTraining, refresh_reward, reward_of, train_reward
 from .sampling import DDIM, sample
 from .unet import load_weights, save_weights
@@ -94,7 +96,7 @@ def _first_look(args):
 # %% ../nbs/10_cli.ipynb #c276dd8e
 def parse(
     argv,              # Arguments, the command first
-)->SimpleNamespace:    # command, cfg (Config), out (Path), resume, overwrite, debug
+)->SimpleNamespace:    # command, cfg (Config), out (Path), resume, overwrite, debug, acc (None: one process)
     "What to do; ValueError, TypeError or FileNotFoundError in one sentence if that cannot be."
     command, args = argv[0], list(argv[1:])
     if command not in COMMANDS:
@@ -105,7 +107,7 @@ def parse(
     stored = Path(seen.out or f"runs/{command}") / "config.yaml"
     source = seen.cfg or (str(stored) if seen.resume and stored.is_file() else "digits")
     o = _typed(command, args, Options(cfg=source, settings=load_config(source)))
-    job = SimpleNamespace(command=command, cfg=o.settings, out=Path(o.out or f"runs/{command}"), resume=o.resume, overwrite=o.overwrite, debug=o.debug)
+    job = SimpleNamespace(command=command, cfg=o.settings, out=Path(o.out or f"runs/{command}"), resume=o.resume, overwrite=o.overwrite, debug=o.debug, acc=None)
     if command in ("finetune", "demo") and job.cfg.finetune.ddim_steps == 1:
         print("note: finetune.ddim_steps is 1, but the last step draws without noise and is no decision, so there is nothing to learn: using 2 steps", flush=True)
         job.cfg = replace(job.cfg, finetune=replace(job.cfg.finetune, ddim_steps=2))
@@ -129,11 +131,12 @@ def prepare(
 ):
     "Load all that a run starts from, and say what it is; errors of the loading functions."
     cfg, d = job.cfg, job.cfg.data
-    _check_folder(job)
-    job.state = load_checkpoint(job) if job.resume else {}
+    if not _follows(job): _check_folder(job)
+    job.state = load_checkpoint(job) if job.resume and not _follows(job) else {}
     set_seed(cfg.seed)
-    job.start, job.saved, job.device = time.time(), -math.inf, pick_device(cfg.device)
-    pictures = load_pictures(cfg.path.real_img, d.size, d.channels, d.root, d.download, cfg.train_reward.num_workers or None)
+    job.start, job.saved, job.device = time.time(), -math.inf, job.acc.device if job.acc else pick_device(cfg.device)
+    with job.acc.local_main_process_first() if job.acc else nullcontext():   # one download for all
+        pictures = load_pictures(cfg.path.real_img, d.size, d.channels, d.root, d.download, cfg.train_reward.num_workers or None)
     print(f"data: {pictures}; seed {cfg.seed}, on {job.device}", flush=True)
     job.splits, job.shape = split(pictures), tuple(pictures.x.shape[1:])
     model, job.schedule = model_for(cfg, lambda s: print(s, flush=True), untrained)
@@ -141,6 +144,10 @@ def prepare(
     job.ddim = DDIM(job.schedule, cfg.finetune.ddim_steps, cfg.finetune.eta, cfg.finetune.spacing, cfg.finetune.power).to(job.device)
 
 # %% ../nbs/10_cli.ipynb #be3d42c9
+def _follows(job):
+    "Is this one of several processes, and not the one that writes?"
+    return job.acc is not None and not job.acc.is_main_process
+
 def _check_folder(job):
     "Errors of `run_folder`, early and without changing anything in a folder that is to be replaced."
     used = job.out.exists() and (not job.out.is_dir() or any(job.out.iterdir()))
@@ -439,12 +446,22 @@ def _marks(job, model, watch, full):
     job.marks = marks | {"real pictures": _floor(job, "judge", auc=False)["fd"]}
     return job.marks
 
+def _rounds(job, run, paid, data):
+    "`finetune` as the job has it, in step with other processes if there are any."
+    if job.acc: from accelerate.utils import broadcast_object_list
+    def refresh(x0):
+        refresh_reward(paid, data, x0, job.cfg.finetune.refresh_steps)
+        agree(job.acc, paid)
+    agree(job.acc, paid)
+    if job.acc: data.fake = broadcast_object_list([data.fake.cpu()])[0].to(job.device)      # after --resume only process 0 knows them
+    return finetune(run, job.ddim, reward_of(paid, data), job.shape, refresh, job.cfg.seed, job.acc)
+
 def _finetune_loop(job, run, paid, data, watch, board):
     "The loop with its bar, log, board and checkpoints."
     cfg, history, every = job.cfg.finetune, job.state.setdefault("history", []), job.cfg.evaluate.every
     if "run" in job.state: run.load_state_dict(job.state["run"]); data.fake = job.state["fake"].to(job.device)
     for rec in history: board.update(rec)
-    loop = finetune(run, job.ddim, reward_of(paid, data), job.shape, lambda x0: refresh_reward(paid, data, x0, cfg.refresh_steps), job.cfg.seed)
+    loop = _rounds(job, run, paid, data)
     for rec in (bar := progress(loop, total=cfg.num_epochs - run.epoch, desc="fine-tuning", show=run.epoch < cfg.num_epochs)):
         rec["images/s"] = cfg.episodes_per_epoch / rec.pop("seconds")
         if run.epoch % every == 0 or run.epoch == cfg.num_epochs: rec |= watch(run.ema.model)
@@ -456,9 +473,15 @@ def _finetune_loop(job, run, paid, data, watch, board):
         keep(job, run=run.state_dict(), reward=paid.state_dict(), fake=data.fake, force=run.epoch == cfg.num_epochs)
 
 # %% ../nbs/10_cli.ipynb #5e9730a6
+def _follow(job):
+    "What every process but the first does: its share of the work. It writes nothing."
+    prepare(job)
+    for _ in _rounds(job, Finetuning(job.model, job.cfg.finetune), *reward_parts(job)): pass
+
 def _only_finetune(job):
+    if _follows(job): return _follow(job)
     run = run_finetune(job)
-    write_metrics(job.out/"metrics.json", _common(job) | dict(steps=job.ddim.n_steps, marks=job.marks, history=job.state["history"], reward_history=job.state["reward_history"]))
+    write_metrics(job.out/"metrics.json", _common(job) | dict(processes=job.acc.num_processes if job.acc else 1, steps=job.ddim.n_steps, marks=job.marks, history=job.state["history"], reward_history=job.state["reward_history"]))
 
 # %% ../nbs/10_cli.ipynb #d5b49ec8
 def measure(
@@ -593,6 +616,39 @@ def _explain(e):
 def _warn(message, category, *_, **__): print("note:", " ".join(str(message).split()), file=sys.stderr, flush=True)
 
 # %% ../nbs/10_cli.ipynb #c6e47c2f
+def _rank():
+    "Which of the processes that a launcher started this is, or None if it is alone."
+    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else None
+
+@contextmanager
+def _one_voice():
+    "Warnings in one line; and silence, where this is not the first process."
+    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if _rank() else sys.stdout):
+        warnings.showwarning = _warn
+        if _rank(): warnings.simplefilter("ignore"); fp.NO_BAR = True
+        yield
+
+def _join(job):
+    "Meet the other processes, if there are any; ValueError for a command that is for one process only, RuntimeError for too few GPUs."
+    if _rank() is None:
+        if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ: warnings.warn("accelerate launch --cpu starts one process only; for several on a CPU give it --multi_gpu instead, and --device cpu to ppo_ddpm")
+        return
+    if job.command != "finetune": raise ValueError(f"{job.command} runs in one process, and {os.environ['WORLD_SIZE']} were launched; start it without a launcher")
+    here, gpus, cpu = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count(), job.cfg.device == "cpu"
+    if gpus and not cpu and here > gpus: raise RuntimeError(f"{here} processes were launched on a machine with {gpus} GPU(s); launch one process per GPU, or give --device cpu")
+    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate.utils import broadcast_object_list
+    job.acc = Accelerator(cpu=cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])    # the others wait while process 0 measures
+    [job.cfg] = broadcast_object_list([job.cfg])
+
+def _says():
+    "Does this process say what went wrong? Alone, yes; of several, the first that asks."
+    if _rank() is None: return True
+    try: store = torch.distributed.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5))
+    except (RuntimeError, KeyError): return _rank() == 0
+    return store.add("ppo_ddpm/said", 1) == 1
+
+# %% ../nbs/10_cli.ipynb #9ec78cf2
 def main(
     argv=None,  # Arguments (default: those of the shell)
 )->int:         # Exit code: 0 done, 2 refused or failed, 130 interrupted
@@ -601,16 +657,18 @@ def main(
     if not argv or argv[0] in ("-h", "--help"): print(usage()); return 0
     if argv[0] == "--version": print(f"ppo-ddpm {__version__}"); return 0
     try:
-        job = parse(argv)
-        with warnings.catch_warnings():
-            warnings.showwarning = _warn
+        with _one_voice():
+            job = parse(argv)
+            _join(job)
             COMMANDS[job.command][0](job)
+            if job.acc: job.acc.wait_for_everyone(); job.acc.end_training()
     except KeyboardInterrupt:
+        if _rank(): return 130
         more = job is not None and (job.out/"checkpoint.pt").is_file()
         print("\nppo-ddpm: stopped" + (f"; go on with ppo-ddpm {job.command} --resume --out {job.out}" if more else ""), file=sys.stderr)
         return 130
     except (ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as e:
         if "--debug" in argv: raise
-        print(f"ppo-ddpm: {_explain(e)}", file=sys.stderr)
+        if _says(): print(f"ppo-ddpm: {_explain(e)}", file=sys.stderr, flush=True)
         return 2
     return 0

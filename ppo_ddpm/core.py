@@ -256,7 +256,7 @@ class Finetune:
     "Fine-tuning with PPO."
     lr: float = 1e-4              # Learning rate of Adam, above 0
     lr_decay: Literal["linear", "none"] = "linear" # linear: falls to 0 over num_epochs; none: stays
-    num_epochs: int = 60          # Rounds of drawing and learning, at least 1
+    num_epochs: int = 50          # Rounds of drawing and learning, at least 1
     ddim_steps: int = 4           # Steps K of the sampler, 1 to schedule.T
     eta: float = 1.               # Noise of the sampler, (0, 1]
     spacing: Literal["trailing", "leading", "linspace"] = "trailing" # How the K steps are chosen among T
@@ -268,8 +268,9 @@ class Finetune:
     passes: int = 1               # Times that each round's pairs are used, at least 1
     grad_clip: float = 1.         # Largest norm of the gradient, above 0
     kl: float = 0.1               # Weight of the KL divergence to the pretrained model (nats per step), at least 0
-    ema: float = 0.98             # Decay of the averaged policy per optimiser step, [0, 1); 0: no average
+    ema: float = 0.99             # Decay of the averaged policy per optimiser step, [0, 1); 0: no average
     control_variate: bool = True  # Subtract from the reward what the predicted x0 explains of it
+    gae_lambda: float = 0.5       # What then counts of later decisions' luck, [0, 1]; 1: all, without bias
     adv_clip: float = 5.          # Largest advantage after whitening (standard deviations), above 0
     refresh_every: int = 1        # Rounds between updates of the reward model on new samples, at least 0; 0: never
     refresh_steps: int = 12       # Optimiser steps of each reward model in an update, at least 1
@@ -278,7 +279,7 @@ class Finetune:
         if self.eta == 0: raise ValueError("finetune.eta must lie in (0, 1], got 0: a step without noise has no density, so PPO cannot learn; choose 1")
         _within(self, "finetune", lr="(0, inf)", num_epochs="[1, inf)", ddim_steps="[1, inf)", eta="(0, 1]", power="[0.5, 3]", clip_eps="(0, inf)",
                 episodes_per_epoch="[1, inf)", microbatch="[1, inf)", max_batch="[1, inf)", passes="[1, inf)", grad_clip="(0, inf)", kl="[0, inf)", ema="[0, 1)",
-                adv_clip="(0, inf)", refresh_every="[0, inf)", refresh_steps="[1, inf)")
+                gae_lambda="[0, 1]", adv_clip="(0, inf)", refresh_every="[0, inf)", refresh_steps="[1, inf)")
 
 # %% ../nbs/00_core.ipynb #a65e2b09
 @dataclass(frozen=True)

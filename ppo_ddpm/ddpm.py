@@ -39,7 +39,7 @@ class EMA:
     def __init__(self,
         model:nn.Module,     # The model to follow
         decay:float=0.995,   # Share of the average that stays at each update, [0, 1)
-        warmup:bool=True,    # Start with short averages, min(decay, (1 + n) / (10 + n)) after n updates
+        warmup:int=9,        # Start with short averages: min(decay, (1 + n) / (1 + warmup + n)) after n updates; 0: at once
     ):
         self.decay,self.warmup,self.n = decay,warmup,0
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
@@ -48,7 +48,7 @@ class EMA:
     def update(self, model:nn.Module): # The model after an optimiser step
         "Move the average towards `model`."
         self.n += 1
-        decay = min(self.decay, (1 + self.n) / (10 + self.n)) if self.warmup else self.decay
+        decay = min(self.decay, (1 + self.n) / (1 + self.warmup + self.n))
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
         for a, b in zip(self.model.buffers(), model.buffers()): a.copy_(b)
 

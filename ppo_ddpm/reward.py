@@ -117,11 +117,9 @@ class RewardModel(nn.Module):
         x = quantize(x0, self.levels)
         return torch.stack([net(x)[:, 0] for net in self.nets]).mean(0)
 
-    def pay(self, logit): # Log of a density ratio, any shape -> same shape
-        "What is paid for it: the Box-Cox transform of the ratio itself."
-        return torch.expm1(self.alpha * logit) / self.alpha if self.alpha else logit
-
-    def forward(self, x0): return self.pay(self.logit(x0))
+    def forward(self, x0): # Pictures, shape (B, C, H, W) -> rewards, shape (B,): above 0 is "real"
+        "What is paid: the Box-Cox transform of the density ratio exp(logit)."
+        return torch.expm1(self.alpha * self.logit(x0)) / self.alpha if self.alpha else self.logit(x0)
 
 class RewardTraining:
     "A reward model and its optimisers: what changes during training."
@@ -266,6 +264,14 @@ class Kinds:
 
     def count(self, kinds): return torch.bincount(kinds, minlength=len(self.centres)).float()
 
+    def within(self,
+        values:Tensor, # A number for each picture, shape (B,)
+        kinds:Tensor,  # Their kinds, shape (B,)
+    )->Tensor:         # Same shape and mean
+        "What is left of `values` when each kind's mean is made the same; of rare kinds the mean is drawn towards that of all."
+        total = torch.zeros_like(self.share).index_add(0, kinds, values)
+        return values - ((total + values.mean()) / (self.count(kinds) + 1))[kinds] + values.mean()
+
     def rarity(self,
         kinds:Tensor,  # Kinds of some pictures, shape (B,)
         drawn:Tensor,  # Kinds of what the policy draws, shape (M,)
@@ -279,13 +285,13 @@ def reward_of(
     run:RewardTraining, # The reward model; `cfg.variety` weighs the kinds
     data:RealFake,      # Its real pictures, and the newest generated ones
 )->Callable:            # reward(x0) -> (B,), following `run.model` and `data.fake` as they are refreshed
-    "What fine-tuning pays: the reward model's logit plus how rare the kind is, as `RewardModel.pay` puts it."
+    "What fine-tuning pays: how real a picture looks among those of its kind, and how rare the kind is."
     if not run.cfg.variety: return run.model
     kinds = Kinds(data.real, run.cfg.n_kinds, run.seed)
     def reward(x0):
         x = quantize(x0, data.levels)
         here = kinds(x)
-        return run.model.pay(run.model.logit(x) + run.cfg.variety * kinds.rarity(here, torch.cat([kinds(data.fake), here])))
+        return kinds.within(run.model(x), here) + run.cfg.variety * kinds.rarity(here, torch.cat([kinds(data.fake), here]))
     return reward
 
 # %% ../nbs/06_reward.ipynb #7530667f
