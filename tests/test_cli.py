@@ -22,7 +22,7 @@ def quick():
     with pytest.MonkeyPatch.context() as m:
         m.setattr(cli, "train_judge", functools.partial(evaluation.train_judge, n_steps=20))
         m.setattr(evaluation, "discriminator_auc", functools.partial(evaluation.discriminator_auc, n_steps=10))
-        m.setattr(cli, "KEEP_EVERY_S", 0)
+        m.setattr(cli, "KEEP_PAUSE", 0)
         m.setattr("fastprogress.fastprogress.NO_BAR", True)
         yield
 

@@ -1,0 +1,311 @@
+"""A run that is killed, stopped, misled by NaN or out of disk goes on as if nothing had happened, bit for bit.
+
+Real processes are killed at moments that a fixed seed chooses, some of them inside the writing of a checkpoint. PPO_DDPM_KILLS=20 asks for more than the
+four of CI; `pytest -n 0 -s` prints the moments."""
+import copy, functools, json, math, os, random, shutil, signal, subprocess, sys, time
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+import ppo_ddpm.cli as cli
+import ppo_ddpm.evaluate as evaluation
+from ppo_ddpm.core import Finetune, TrainDDPM, TrainReward, save_grid, seeded
+from ppo_ddpm.data import Pictures
+from ppo_ddpm.ddpm import Pretraining, not_finite, train_ddpm
+from ppo_ddpm.finetune import Finetuning, finetune
+from ppo_ddpm.reward import RealFake, RewardTraining, refresh_reward, train_reward
+from ppo_ddpm.sampling import DDIM
+from ppo_ddpm.schedule import NoiseSchedule
+from ppo_ddpm.unet import UNet, save_weights
+
+KILLS = int(os.environ.get("PPO_DDPM_KILLS", 4))
+ORDER = ["finetune", "train-ddpm", "finetune", "train-reward"]                                   # whose turn it is to be killed
+WEIGHTS = {"finetune": "policy", "train-ddpm": "ddpm", "train-reward": "reward"}
+# the command as the shell runs it, but with a judge that is trained for a moment only and a checkpoint after every round
+PROGRAM = "import sys, functools, ppo_ddpm.cli as cli; cli.KEEP_PAUSE = 0; cli.train_judge = functools.partial(cli.train_judge, n_steps=20); sys.exit(cli.main())"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    "The same in this process."
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(cli, "train_judge", functools.partial(evaluation.train_judge, n_steps=20))
+        m.setattr(cli, "KEEP_PAUSE", 0)
+        m.setattr("fastprogress.fastprogress.NO_BAR", True)
+        yield
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    "A few pictures and a tiny network: a round takes a moment, so that the time goes into what is tested."
+    here, rounds = tmp_path_factory.mktemp("kill"), 8 + 3 * KILLS
+    x = (torch.rand(200, 8, 8, generator=seeded(0, "pictures")) * 255).byte()
+    for i in range(200):
+        (here / "pictures" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x[i].numpy()).save(here / "pictures" / "ab"[i % 2] / f"{i}.png")
+    cfg = dict(device="cpu", path=dict(real_img=str(here / "pictures")), model=dict(channels=[8, 16]), train_ddpm=dict(num_steps=5 * rounds, batch_size=8),
+               train_reward=dict(num_img=64, num_noise=8, num_corrupt=16, batch_size=16, num_epochs=rounds if KILLS > 4 else 12, n_models=1),
+               finetune=dict(num_epochs=rounds, episodes_per_epoch=8, microbatch=4, refresh_steps=2), evaluate=dict(n=40, full_steps=4, every=4))
+    (here / "x.yaml").write_text(yaml.safe_dump(cfg))
+    return here / "x.yaml"
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    "Folders of runs that nothing disturbed, made when asked for."
+    made = {}
+    def get(command):
+        if command not in made:
+            made[command] = tmp_path_factory.mktemp("whole") / command
+            assert cli.main([command, "--cfg", str(settings), "--out", str(made[command])]) == 0
+        return made[command]
+    return get
+
+
+def metrics(out):
+    "All numbers but those that are times."
+    def timeless(v): return {k: timeless(x) for k, x in v.items() if k not in ("seconds", "images/s")} if isinstance(v, dict) else [timeless(x) for x in v] if isinstance(v, list) else v
+    return timeless(json.loads((out / "metrics.json").read_text()))
+
+
+def curves(out):
+    "Steps and values of each scalar as TensorBoard reads them, and the tags of the texts."
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    acc = EventAccumulator(str(out)); acc.Reload()
+    return {tag: [(e.step, e.value if tag != "images/s" else 0) for e in acc.Scalars(tag)] for tag in acc.Tags()["scalars"]}, {t: len(acc.Tensors(t)) for t in acc.Tags()["tensors"]}
+
+
+def assert_same(a, b, command):
+    "Are two runs the same run?"
+    x, y = (load_file(o / f"{WEIGHTS[command]}.safetensors") for o in (a, b))
+    assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+    assert metrics(a) == metrics(b)
+    assert curves(a) == curves(b)
+    assert not [p for p in (*a.iterdir(), *b.iterdir()) if ".tmp" in p.name]
+
+
+def go_on(command, settings, out):
+    "Arguments that start a run, or go on with it."
+    if (out / "config.yaml").exists(): return [command, "--resume", "--out", str(out)]
+    return [command, "--cfg", str(settings), "--out", str(out), *(["--overwrite"] if out.exists() else [])]
+
+
+def start(argv): return subprocess.Popen([sys.executable, "-c", PROGRAM, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_checkpoints(process, out, n):
+    "Until the `n`-th temporary file of a checkpoint is seen."
+    old = seen = set(out.glob(".checkpoint.*.tmp.pt"))
+    while process.poll() is None and len(seen - old) < n:
+        seen = seen | set(out.glob(".checkpoint.*.tmp.pt"))
+        time.sleep(.0005)
+
+
+def kill(argv, out, when, rng):
+    "Start a run and kill it; returns what happened, in words."
+    process, n, pause = start(argv), rng.randrange(1, 4), rng.random()
+    if when == "while it starts": time.sleep(6 * pause)
+    else:
+        wait_for_checkpoints(process, out, n)
+        if when == "between checkpoints": time.sleep(.1 * pause)
+    process.kill()
+    said = process.communicate()[1]
+    assert process.returncode == -signal.SIGKILL, f"it ended before it was killed: {said}"
+    inside = bool(list(out.glob(".checkpoint.*.tmp.pt")))
+    return f"{when}, {n} checkpoints, pause {pause:.2f}: " + ("inside the writing of a checkpoint" if inside else "elsewhere")
+
+
+@pytest.mark.parametrize("command", WEIGHTS)
+def test_killed(command, settings, whole, tmp_path):
+    rng, out, what = random.Random(f"kills of {command}"), tmp_path / "a run", Counter()
+    whens = ["inside a checkpoint", "between checkpoints", "while it starts", "inside a checkpoint"]
+    for i in range(KILLS):
+        if ORDER[i % 4] != command: continue
+        happened = kill(go_on(command, settings, out), out, whens[i] if i < 4 else rng.choice(whens), rng)
+        what[happened.split(": ")[1]] += 1
+        at = torch.load(out / "checkpoint.pt", weights_only=True) if (out / "checkpoint.pt").exists() else {}     # whole, whenever it was
+        print(f"kill {i + 1} of {KILLS}, {command}: {happened}; {len(at.get('history', []))} + {len(at.get('reward_history', []))} records are safe")
+    assert cli.main(go_on(command, settings, out)) == 0
+    print(f"{command}: {dict(what)}")
+    assert_same(whole(command), out, command)
+
+
+def test_ctrl_c_finishes_the_round_and_saves(settings, whole, tmp_path):
+    out = tmp_path / "a run"
+    process = start(go_on("finetune", settings, out))
+    while process.poll() is None and not (out / "before.png").exists(): time.sleep(.001)
+    wait_for_checkpoints(process, out, 14)                                       # twelve are those of the reward model
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode == 130, said
+    assert "stopping at the end of this round" in said and f"go on with ppo-ddpm finetune --resume --out '{out}'" in said and "Traceback" not in said
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    scalars, _ = curves(out)
+    done = state["run"]["epoch"] if "run" in state else 0
+    assert [s for s, _ in scalars.get("reward", [])] == list(range(1, done + 1))            # nothing that was logged is lost
+    assert cli.main(go_on("finetune", settings, out)) == 0
+    assert_same(whole("finetune"), out, "finetune")
+
+
+# --- the loops in Python -----------------------------------------------------------------------------------------------------
+PICTURES = Pictures((torch.rand(60, 1, 8, 8, generator=seeded(0)) * 255).byte())
+
+
+def loop_of(name):
+    "A loop, the states it changes, and the optimiser whose step can be disturbed."
+    torch.manual_seed(0)
+    net, schedule = UNet(channels=(8, 16)), NoiseSchedule("cosine", 100)
+    paid = RewardTraining((1, 8, 8), 256, TrainReward(num_epochs=4, batch_size=8, n_models=1))
+    data = RealFake(PICTURES.unit(), PICTURES.unit().flip(0) / 2, paid.cfg)
+    if name == "train_ddpm":
+        run = Pretraining(net, TrainDDPM(num_steps=8, batch_size=4))
+        return lambda: train_ddpm(run, schedule, PICTURES, every=2), [run], run.opt
+    if name == "train_reward": return lambda: train_reward(paid, data), [paid], paid.opts[0]
+    run = Finetuning(net, Finetune(num_epochs=4, episodes_per_epoch=8, microbatch=4, refresh_steps=2))
+    loop = lambda: finetune(run, DDIM(schedule, 3), lambda x: paid.model(x), (1, 8, 8), lambda x0: refresh_reward(paid, data, x0, 2))
+    return loop, [run, paid, data], run.opt if name == "finetune" else paid.opts[0]
+
+
+def equal(a, b):
+    if isinstance(a, dict): return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(equal, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+LOOPS = ["train_ddpm", "train_reward", "finetune", "refresh_reward"]                      # the last: disturbed while fine-tuning refreshes its reward
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_that_is_interrupted_goes_on(name, monkeypatch):
+    "KeyboardInterrupt in the loop's body, and in the middle of an update: the states are those of the last finished round, and going on is exact."
+    loop, states, opt = loop_of(name)
+    after = [copy.deepcopy([s.state_dict() for s in states])] + [copy.deepcopy([s.state_dict() for s in states]) for _ in loop()]
+    loop, states, opt = loop_of(name)
+    def now(): return [s.state_dict() for s in states]
+    with pytest.raises(KeyboardInterrupt):
+        for i, _ in enumerate(loop(), 1):
+            if i == 2: raise KeyboardInterrupt
+    assert equal(now(), after[2])
+    step, left = opt.step, [2]
+    def disturbed():
+        step(); left[0] -= 1
+        if not left[0]: raise KeyboardInterrupt                                  # the weights have moved, their average has not
+    opt.step = disturbed
+    with pytest.raises(KeyboardInterrupt):
+        for _ in loop(): pass
+    assert equal(now(), after[2])
+    for _ in loop(): pass
+    assert equal(now(), after[4])
+
+
+@pytest.mark.parametrize("name, error, said", [
+    ("train_ddpm", FloatingPointError, "after step 4, which stands: the denoising loss was nan in step 6; lower train_ddpm.lr"),
+    ("train_reward", FloatingPointError, "after epoch 2, which stands: the reward model's loss was nan in step"),
+    ("finetune", FloatingPointError, "after epoch 2, which stands: loss or gradient was NaN or infinite in optimiser step 2 of 4; lower finetune.lr or raise finetune.kl"),
+    ("refresh_reward", FloatingPointError, "after epoch 2, which stands: the reward model's loss was nan in step"),
+])
+@pytest.mark.parametrize("at", [1, 0])
+def test_nan_is_refused(name, error, said, at):
+    "Weights that become NaN in the first optimiser step of the third round, or in its last one, after which nothing measures a loss."
+    loop, states, opt = loop_of(name)
+    rounds, step = loop(), opt.step
+    for _ in range(2): next(rounds)
+    good, n = copy.deepcopy([s.state_dict() for s in states]), dict(train_ddpm=2, finetune=4, refresh_reward=2).get(name, math.ceil(54 / 4))
+    left = [1 if at else n]
+    def poisoned():
+        step(); left[0] -= 1
+        if not left[0]:
+            with torch.no_grad(): opt.param_groups[0]["params"][0][0] = math.nan
+    opt.step = poisoned
+    with pytest.raises(error) as e: next(rounds)
+    assert (said if at else "which stands: ") in str(e.value) and "\n" not in str(e.value)
+    if not at: assert "became NaN or infinite" in str(e.value)
+    assert equal([s.state_dict() for s in states], good) and not_finite(good) is None
+
+
+@pytest.mark.parametrize("command, option", [("train-ddpm", "--train_ddpm.lr"), ("train-reward", "--train_reward.lr"), ("finetune", "--finetune.lr")])
+def test_no_file_holds_nan(command, option, settings, tmp_path, capsys):
+    out = tmp_path / "wild"
+    assert cli.main([command, "--cfg", str(settings), option, "1e30", "--out", str(out)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "which stands" in err and "lower" in err, err
+    assert not list(out.glob("*.safetensors"))
+    if (out / "checkpoint.pt").exists(): assert not_finite(torch.load(out / "checkpoint.pt", weights_only=True)) is None
+
+
+def test_a_policy_that_does_not_repeat_itself():
+    "Stops before its first update counts, and says why; a switch goes on."
+    class Restless(torch.nn.Module):
+        def __init__(self): super().__init__(); self.net = torch.nn.Conv2d(1, 1, 1)
+        def forward(self, x, t): return self.net(x) + .01 * torch.randn_like(x)
+    torch.manual_seed(0)
+    def run(**k): return Finetuning(Restless(), Finetune(num_epochs=1, episodes_per_epoch=8, microbatch=4, **k))
+    def loop(r): return list(finetune(r, DDIM(NoiseSchedule("cosine"), 3), lambda x: x.mean((1, 2, 3)), (1, 8, 8)))
+    r = run(); before = copy.deepcopy(r.state_dict())
+    with pytest.raises(RuntimeError, match="a ratio was off 1 by .* the policy does not repeat itself.*or go on anyway with a larger finetune.ratio_tolerance"): loop(r)
+    assert equal(r.state_dict(), before)
+    assert len(loop(run(ratio_tolerance=math.inf))) == 1
+
+
+# --- the disk ----------------------------------------------------------------------------------------------------------------
+@contextmanager
+def files_up_to(n_bytes):
+    "No file may become larger; a write that goes on fails as on a full disk."
+    resource = pytest.importorskip("resource")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, old[1]))                  # Python ignores the signal that comes with it
+    try: yield
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pth", "a.png", "judge.pt"])
+def test_a_full_disk_leaves_the_old_file(name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(b"old")
+    judge = evaluation.Judge(evaluation.FeatureNet(), True, 1., "digits")
+    write = {".png": lambda: save_grid(torch.rand(64, 1, 8, 8) * 2 - 1, path, scale=8), "judge.pt": lambda: evaluation.save_judge(judge, path)}
+    with files_up_to(1000), pytest.raises(OSError) as e: write.get(name, write.get(path.suffix, lambda: save_weights(UNet(channels=(8, 16)), path)))()
+    assert str(e.value).startswith(f"cannot write {path} (") and "unchanged; free some space or choose another place" in str(e.value)
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(settings, whole, tmp_path, capsys):
+    "A resumed run that may not write a checkpoint says so; with room again it goes on."
+    out = tmp_path / "full"
+    args, n = go_on("finetune", settings, out), [0]
+    with pytest.MonkeyPatch.context() as m:
+        def log(*args, prefix=""):
+            n[0] += prefix == ""
+            if n[0] == 3: raise KeyboardInterrupt
+            return real(*args, prefix=prefix)
+        real = cli.log_record
+        m.setattr(cli, "log_record", log)
+        assert cli.main(args) == 130
+    old = (out / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); " + PROGRAM
+    done = subprocess.run([sys.executable, "-c", limited, *go_on("finetune", settings, out)], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"cannot write {out}/checkpoint.pt (" in done.stderr, done.stderr
+    assert (out / "checkpoint.pt").read_bytes() == old and not list(out.glob(".*.tmp*"))
+    assert cli.main(go_on("finetune", settings, out)) == 0
+    assert_same(whole("finetune"), out, "finetune")
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    disk = tmp_path / "disk"; disk.mkdir()
+    if not shutil.which("mount") or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)], capture_output=True).returncode: pytest.skip("this test may not mount a disk")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_is_too_small(settings, tiny_disk, capsys):
+    assert cli.main(["train-ddpm", "--cfg", str(settings), "--out", str(tiny_disk / "run")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "(no space left on device)" in err and "free some space" in err, err
+    assert not (tiny_disk / "run/checkpoint.pt").exists() and not list((tiny_disk / "run").glob(".*.tmp*"))
