@@ -7,7 +7,7 @@ __all__ = ['FeatureNet', 'Judge', 'train_judge', 'save_judge', 'load_judge', 'fr
            'precision_recall', 'discriminator_auc', 'class_histogram', 'total_variation', 'evaluate', 'floor']
 
 # %% ../nbs/08_evaluate.ipynb #2fc9c31d
-import math
+import math, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 import torch, torch.nn.functional as F
@@ -167,12 +167,16 @@ def load_judge(
 )->Judge:
     "Read a judge; FileNotFoundError or ValueError where there is none."
     try:
-        d = torch.load(path, map_location=device, weights_only=True)
-        net = FeatureNet(**d["config"]).to(device)
-        net.load_state_dict(d["weights"] if "weights" in d else d["state"])
-        return Judge(net.eval().requires_grad_(False), d["labelled"], d["accuracy"], d["name"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                                               # of strange pickles: what matters is said below
+            d = torch.load(path, map_location=device, weights_only=True)
+        with torch.device("meta"): net = FeatureNet(**d["config"])                    # takes no memory, however wide it says it is
+        net.load_state_dict(weights := d["weights"] if "weights" in d else d["state"], assign=True)
+        judge = Judge(net.eval().requires_grad_(False), d["labelled"], d["accuracy"], d["name"])
     except FileNotFoundError: raise FileNotFoundError(f"no judge at {path}; train one with train_judge and keep it with save_judge") from None
     except Exception as e: raise ValueError(f"{path} holds no judge that save_judge wrote ({type(e).__name__}); train one with train_judge") from None
+    if not all(v.isfinite().all() for v in weights.values()): raise ValueError(f"{path} holds NaN or infinity; train a judge with train_judge")
+    return judge
 
 # %% ../nbs/08_evaluate.ipynb #3c570dc6
 def _check_features(a, b, least):

@@ -137,6 +137,9 @@ def ppo_update(
             opt.step(); opt.zero_grad()
             if after: after(policy)
             rows.append(torch.cat([stats, norm.detach()[None]]))
-    loss, kl, clip_frac, norm = torch.stack(rows).mean(0)
+    rows = torch.stack(rows)
+    if len(bad := (~rows.isfinite()).any(1).nonzero()):
+        raise FloatingPointError(f"loss or gradient was NaN or infinite in optimiser step {bad[0].item() + 1} of {len(rows)}; lower finetune.lr or raise finetune.kl")
+    loss, kl, clip_frac, norm = rows.mean(0)
     if accelerator is not None: ratio_error = accelerator.gather(ratio_error[None]).max()
     return dict(loss=loss, kl=kl, clip_frac=clip_frac, ratio_error=ratio_error, grad_norm=norm)

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .core import atomic_write, to_grid
-from .schedule import NoiseSchedule
+from .schedule import NoiseSchedule, read_scheduler
 
 # %% ../nbs/05_sampling.ipynb #7d068fac
 def ddim_timesteps(
@@ -45,25 +46,30 @@ class DDIM:
         eta:float=1.,            # Noise put back, 0 (none) to 1 (as much as DDPM's)
         spacing:str="trailing",  # Grid: "trailing", "leading" or "linspace"
         power:float=1.,          # Its bend, see `ddim_timesteps`
+        clip_x0:float=None,      # Clamp the predicted clean picture to [-clip_x0, clip_x0], above 0; None: leave it
     ):
         if not 0 <= eta <= 1: raise ValueError(f"eta must lie in [0, 1], got {eta}; 1 adds as much noise as DDPM")
-        self.n_steps,self.eta,self.spacing = n_steps,eta,spacing
+        if clip_x0 is not None and not clip_x0 > 0: raise ValueError(f"clip_x0 must be above 0, got {clip_x0}; 1 is the range of pictures, None does not clip")
+        self.n_steps,self.eta,self.spacing,self.clip_x0 = n_steps,eta,spacing,clip_x0
         self.t = ddim_timesteps(schedule.T, n_steps, spacing, power)
         abar = schedule.abar64[self.t]
-        prev = torch.cat([abar[1:], torch.ones(1, dtype=abar.dtype)])     # the last step ends on the clean picture
-        sigma = eta * ((1 - prev) / (1 - abar) * (1 - abar / prev)).sqrt()
-        a = (prev / abar).sqrt()
-        b = (1 - prev - sigma**2).clamp(min=0).sqrt() - a * (1 - abar).sqrt()
+        self._fill(abar, torch.cat([abar[1:], torch.ones(1, dtype=abar.dtype)]))   # the last step ends on the clean picture
+
+    def _fill(self, abar, prev): # signal shares before and after each step, float64, shape (K,)
+        sigma = self.eta * ((1 - prev) / (1 - abar) * (1 - abar / prev)).sqrt()
+        a, turn = (prev / abar).sqrt(), (1 - prev - sigma**2).clamp(min=0).sqrt()
+        b = turn - a * (1 - abar).sqrt()
         self.n_decisions = int((sigma > 0).sum())                         # steps that have a density
         c = (b / sigma)[:self.n_decisions]                                # d mu / d eps, in units of sigma
         self.signal,self.noise,self.a,self.b,self.sigma,self.c = (v.float() for v in (abar.sqrt(), (1 - abar).sqrt(), a, b, sigma, c))
+        self.keep,self.turn = prev.sqrt().float(), turn.float()          # mu = keep x0 + turn eps, for a clamped x0
 
     def to(self, device)->"DDIM": # The tables move in place
         "Move the tables to `device`."
-        for n in ("t", "signal", "noise", "a", "b", "sigma", "c"): setattr(self, n, getattr(self, n).to(device))
+        for n in ("t", "signal", "noise", "a", "b", "sigma", "c", "keep", "turn"): setattr(self, n, getattr(self, n).to(device))
         return self
 
-    def __repr__(self): return f"DDIM(K={self.n_steps}, eta={self.eta}, {self.spacing}, {self.n_decisions} decisions)"
+    def __repr__(self): return f"DDIM(K={self.n_steps}, eta={self.eta}, {self.spacing}, {self.n_decisions} decisions{f', x0 within {self.clip_x0:g}' if self.clip_x0 else ''})"
 
 # %% ../nbs/05_sampling.ipynb #428997ec
 def at(
@@ -81,7 +87,8 @@ def step_mean(
     x:Tensor,    # State x_t, shape (B, ...)
     eps:Tensor,  # The network's output at x, same shape
 )->Tensor:       # Mean of the next state, same shape
-    "Mean of the Gaussian decision, `a x + b eps`."
+    "Mean of the Gaussian decision, `a x + b eps`; of a sampler that clips, `keep x0 + turn eps` with the clamped x0."
+    if ddim.clip_x0: return at(ddim.keep, k, x) * predict_x0(ddim, k, x, eps) + at(ddim.turn, k, x) * eps
     return at(ddim.a, k, x) * x + at(ddim.b, k, x) * eps
 
 def predict_x0(
@@ -91,7 +98,8 @@ def predict_x0(
     eps:Tensor,  # The network's output at x, same shape
 )->Tensor:       # The clean picture which that noise implies, same shape
     "What the policy believes the finished picture to be ([DDPM](https://arxiv.org/abs/2006.11239), eq. 15)."
-    return (x - at(ddim.noise, k, x) * eps) / at(ddim.signal, k, x)
+    x0 = (x - at(ddim.noise, k, x) * eps) / at(ddim.signal, k, x)
+    return x0.clamp(-ddim.clip_x0, ddim.clip_x0) if ddim.clip_x0 else x0
 
 # %% ../nbs/05_sampling.ipynb #3472ed55
 @dataclass
@@ -194,7 +202,7 @@ def log_prob(
     x_next:Tensor,  # State after it, same shape
     eps:Tensor,     # A policy's output at x, same shape
 )->Tensor:          # Log-density in nats, summed over pixels, shape (B,)
-    "log N(x_next; a x + b eps, sigma^2)."
+    "log N(x_next; mu, sigma^2), with mu from `step_mean`."
     z = (x_next - step_mean(ddim, k, x, eps)) / at(ddim.sigma, k, x)
     log_norm = torch.log(at(ddim.sigma, k, x)) + 0.5 * math.log(2 * math.pi)
     return -(z.square() / 2 + log_norm).flatten(1).sum(1)
@@ -205,8 +213,12 @@ def mean_shift(
     k,               # Decision, int or shape (B,)
     eps_new:Tensor,  # One policy's output, shape (B, ...)
     eps_old:Tensor,  # Another's at the same states
+    x:Tensor=None,   # These states; only a sampler that clips needs them
 )->Tensor:           # Float32, same shape
-    "How far the mean moves between two policies, in standard deviations of the decision."
+    "How far the mean moves between two policies, in standard deviations of the decision; ValueError if clipping needs the states."
+    if ddim.clip_x0:
+        if x is None: raise ValueError(f"a sampler with clip_x0 = {ddim.clip_x0:g} moves its mean by an amount that depends on the states: give them as x, or use clip_x0 = None")
+        return (step_mean(ddim, k, x, eps_new.float()) - step_mean(ddim, k, x, eps_old.float())) / at(ddim.sigma, k, x)
     return at(ddim.c, k, eps_new) * (eps_new.float() - eps_old.float())
 
 def log_ratio(
@@ -221,6 +233,30 @@ def gaussian_kl(
 )->Tensor:         # Nats, shape (B,)
     "Exact KL divergence between the two decisions."
     return delta.square().flatten(1).sum(1) / 2
+
+# %% ../nbs/05_sampling.ipynb #44e70fe4
+@patch(cls_method=True)
+def from_diffusers(cls:DDIM,
+    path,            # Folder of a diffusers pipeline or scheduler, or its name on the Hub
+    n_steps:int=4,   # Steps K, 1..T
+    eta:float=1.,    # Noise put back, 0 to 1; no file says it
+)->DDIM:             # The steps of diffusers' `DDIMScheduler` with these settings
+    "The sampler of a public checkpoint, step for step; errors as in `read_scheduler`, and ValueError for a grid that leaves the schedule."
+    c, schedule = read_scheduler(path), NoiseSchedule.from_diffusers(path)
+    ddim = cls(schedule, n_steps, eta, c["timestep_spacing"], c["clip_sample_range"] if c["clip_sample"] else None)
+    ddim.t = _their_grid(schedule.T, n_steps, ddim.spacing, c["steps_offset"])
+    if ddim.t.max() >= schedule.T: raise ValueError(f"steps_offset = {c['steps_offset']} moves the first of {n_steps} steps to {ddim.t.max()}, beyond T = {schedule.T}: use fewer steps")
+    prev = ddim.t - schedule.T // n_steps
+    end = 1. if c["set_alpha_to_one"] else schedule.abar64[0]
+    ddim._fill(schedule.abar64[ddim.t], torch.where(prev >= 0, schedule.abar64[prev.clamp(min=0)], end))
+    return ddim
+
+def _their_grid(T, K, spacing, offset):
+    "As numpy rounds it, which matters where a step lies halfway."
+    import numpy as np
+    if spacing == "leading": return ddim_timesteps(T, K, spacing) + offset
+    t = np.arange(T, 0, -T / K)[:K].round() - 1 if spacing == "trailing" else np.linspace(0, T - 1, K).round()[::-1]
+    return torch.tensor(t.astype(int))
 
 # %% ../nbs/05_sampling.ipynb #f74ba984
 def save_gif(
