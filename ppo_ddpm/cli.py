@@ -208,11 +208,12 @@ def open_run(
         warnings.simplefilter("ignore")
         from torch.utils.tensorboard import SummaryWriter
     done = max((r.get("epoch", r.get("step", 0)) for r in job.state.get("history", [])), default=0)
-    job.writer = SummaryWriter(str(job.out), purge_step=(done and done + 1) if job.resume else None)
+    first = not any(job.out.glob("events.out.tfevents.*"))
+    job.writer = SummaryWriter(str(job.out), purge_step=None if first else done and done + 1)   # hides what came after `done`
     text = (job.out/"config.yaml").read_text(encoding="utf-8")
-    if not done: job.writer.add_text("config", "    " + text.replace("\n", "\n    "), 0)
+    if first: job.writer.add_text("config", "    " + text.replace("\n", "\n    "), 0); job.writer.flush()
     for rec in job.state.get("reward_history", []):
-        if rec["epoch"] > done: log_record(job.writer, rec, prefix="reward_model/")   # purge_step hides what came after `done`
+        if rec["epoch"] > done: log_record(job.writer, rec, prefix="reward_model/")
     job.start -= job.state.get("seconds", 0)
     print(f"folder: {job.out}" + (f", going on after {done}" if job.resume else ""), flush=True)
 

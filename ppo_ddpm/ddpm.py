@@ -88,15 +88,15 @@ def not_finite(
 
 @contextmanager
 def intact(
-    run, # Has `state_dict` and `load_state_dict`, which hold all that training changes
+    *parts, # Have `state_dict` and `load_state_dict`, which hold all that training changes
 ):
-    "A block that trains `run` happens as a whole or not at all; FloatingPointError if it leaves NaN or infinity behind."
-    before = copy.deepcopy(run.state_dict())
+    "A block that trains something happens as a whole or not at all; FloatingPointError if it leaves NaN or infinity behind."
+    before = [copy.deepcopy(p.state_dict()) for p in parts]
     try:
         yield
-        if name := not_finite(run.state_dict()): raise FloatingPointError(f"{name} became NaN or infinite, probably because steps were too large; lower the learning rate")
+        if name := next(filter(None, (not_finite(p.state_dict()) for p in parts)), None): raise FloatingPointError(f"{name} became NaN or infinite, probably because steps were too large; lower the learning rate")
     except BaseException: # KeyboardInterrupt too
-        run.load_state_dict(before)
+        for p, state in zip(parts, before): p.load_state_dict(state)
         raise
 
 def whole_rounds(

@@ -116,6 +116,7 @@ def ppo_update(
     k, x, eps, z = traj.flat()
     adv = advantage.expand(len(traj.x), -1).flatten() if advantage.ndim == 1 else advantage.flatten()
     rows, ratio_error = [], torch.zeros((), device=x.device)
+    opt.zero_grad()                                # whatever an update that was broken off has left
     for _ in range(passes):
         for idx in torch.randperm(len(k), generator=generator, device=k.device).split(minibatch):
             stats, mine = torch.zeros(3, device=x.device), idx[share(len(idx), accelerator)]

@@ -208,7 +208,7 @@ def refresh_reward(
     keep:int=512,       # How many of the generated pictures before these stay
 ):
     "Let the reward model see what the policy draws now."
-    with intact(run), intact(data):
+    with intact(run, data):
         data.fake = torch.cat([data.fake[max(0, len(data.fake) - keep):], quantize(x0, data.levels)])
         fit_steps(run, data, n_steps)
 

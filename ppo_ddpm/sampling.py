@@ -243,7 +243,7 @@ def from_diffusers(cls:DDIM,
 )->DDIM:             # The steps of diffusers' `DDIMScheduler` with these settings
     "The sampler of a public checkpoint, step for step; errors as in `read_scheduler`, and ValueError for a grid that leaves the schedule."
     c, schedule = read_scheduler(path), NoiseSchedule.from_diffusers(path)
-    ddim = cls(schedule, n_steps, eta, c["timestep_spacing"], c["clip_sample_range"] if c["clip_sample"] else None)
+    ddim = cls(schedule, n_steps, eta, c["timestep_spacing"], clip_x0=c["clip_sample_range"] if c["clip_sample"] else None)
     ddim.t = _their_grid(schedule.T, n_steps, ddim.spacing, c["steps_offset"])
     if ddim.t.max() >= schedule.T: raise ValueError(f"steps_offset = {c['steps_offset']} moves the first of {n_steps} steps to {ddim.t.max()}, beyond T = {schedule.T}: use fewer steps")
     prev = ddim.t - schedule.T // n_steps

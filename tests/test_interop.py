@@ -282,7 +282,7 @@ def test_steps_are_those_of_diffusers(spacing, clip, betas, policy, tmp_path):
 @pytest.mark.parametrize("eta", [.3, 1.])
 def test_our_own_grid_is_theirs_where_k_divides_t(spacing, clip, eta, policy):
     ref = DDIMScheduler(timestep_spacing=spacing, clip_sample=bool(clip), clip_sample_range=clip or 1.)
-    step, path = walk(ref, DDIM(NoiseSchedule(), 10, eta, spacing, clip), policy, torch.randn(64, 2, generator=seeded("start")), eta)
+    step, path = walk(ref, DDIM(NoiseSchedule(), 10, eta, spacing, clip_x0=clip), policy, torch.randn(64, 2, generator=seeded("start")), eta)
     assert step < 1e-5 and path < 1e-5
 
 

@@ -44,13 +44,13 @@ def quick():
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     "A few pictures and a tiny network: a round takes a moment, so that the time goes into what is tested."
-    here, rounds = tmp_path_factory.mktemp("kill"), 8 + 3 * KILLS
+    here, rounds = tmp_path_factory.mktemp("kill"), 6 + 2 * KILLS
     x = (torch.rand(200, 8, 8, generator=seeded(0, "pictures")) * 255).byte()
     for i in range(200):
         (here / "pictures" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         Image.fromarray(x[i].numpy()).save(here / "pictures" / "ab"[i % 2] / f"{i}.png")
     cfg = dict(device="cpu", path=dict(real_img=str(here / "pictures")), model=dict(channels=[8, 16]), train_ddpm=dict(num_steps=5 * rounds, batch_size=8),
-               train_reward=dict(num_img=64, num_noise=8, num_corrupt=16, batch_size=16, num_epochs=rounds if KILLS > 4 else 12, n_models=1),
+               train_reward=dict(num_img=64, num_noise=8, num_corrupt=16, batch_size=16, num_epochs=rounds if KILLS > 4 else 8, n_models=1),
                finetune=dict(num_epochs=rounds, episodes_per_epoch=8, microbatch=4, refresh_steps=2), evaluate=dict(n=40, full_steps=4, every=4))
     (here / "x.yaml").write_text(yaml.safe_dump(cfg))
     return here / "x.yaml"
@@ -109,7 +109,8 @@ def wait_for_checkpoints(process, out, n):
 
 def kill(argv, out, when, rng):
     "Start a run and kill it; returns what happened, in words."
-    process, n, pause = start(argv), rng.randrange(1, 4), rng.random()
+    old, n, pause = set(out.glob(".checkpoint.*.tmp.pt")), rng.randrange(1, 4), rng.random()
+    process = start(argv)
     if when == "while it starts": time.sleep(6 * pause)
     else:
         wait_for_checkpoints(process, out, n)
@@ -117,7 +118,7 @@ def kill(argv, out, when, rng):
     process.kill()
     said = process.communicate()[1]
     assert process.returncode == -signal.SIGKILL, f"it ended before it was killed: {said}"
-    inside = bool(list(out.glob(".checkpoint.*.tmp.pt")))
+    inside = bool(set(out.glob(".checkpoint.*.tmp.pt")) - old)
     return f"{when}, {n} checkpoints, pause {pause:.2f}: " + ("inside the writing of a checkpoint" if inside else "elsewhere")
 
 
@@ -140,7 +141,7 @@ def test_ctrl_c_finishes_the_round_and_saves(settings, whole, tmp_path):
     out = tmp_path / "a run"
     process = start(go_on("finetune", settings, out))
     while process.poll() is None and not (out / "before.png").exists(): time.sleep(.001)
-    wait_for_checkpoints(process, out, 14)                                       # twelve are those of the reward model
+    wait_for_checkpoints(process, out, 10)                                       # eight are those of the reward model
     process.send_signal(signal.SIGINT)
     said = process.communicate()[1]
     assert process.returncode == 130, said
@@ -206,7 +207,7 @@ def test_a_loop_that_is_interrupted_goes_on(name, monkeypatch):
 @pytest.mark.parametrize("name, error, said", [
     ("train_ddpm", FloatingPointError, "after step 4, which stands: the denoising loss was nan in step 6; lower train_ddpm.lr"),
     ("train_reward", FloatingPointError, "after epoch 2, which stands: the reward model's loss was nan in step"),
-    ("finetune", FloatingPointError, "after epoch 2, which stands: loss or gradient was NaN or infinite in optimiser step 2 of 4; lower finetune.lr or raise finetune.kl"),
+    ("finetune", FloatingPointError, "after epoch 2, which stands: loss or gradient was NaN or infinite in optimiser step 2 of 2; lower finetune.lr or raise finetune.kl"),
     ("refresh_reward", FloatingPointError, "after epoch 2, which stands: the reward model's loss was nan in step"),
 ])
 @pytest.mark.parametrize("at", [1, 0])
@@ -215,7 +216,7 @@ def test_nan_is_refused(name, error, said, at):
     loop, states, opt = loop_of(name)
     rounds, step = loop(), opt.step
     for _ in range(2): next(rounds)
-    good, n = copy.deepcopy([s.state_dict() for s in states]), dict(train_ddpm=2, finetune=4, refresh_reward=2).get(name, math.ceil(54 / 4))
+    good, n = copy.deepcopy([s.state_dict() for s in states]), dict(train_ddpm=2, finetune=2, refresh_reward=2).get(name, math.ceil(54 / 4))
     left = [1 if at else n]
     def poisoned():
         step(); left[0] -= 1
@@ -225,6 +226,7 @@ def test_nan_is_refused(name, error, said, at):
     with pytest.raises(error) as e: next(rounds)
     assert (said if at else "which stands: ") in str(e.value) and "\n" not in str(e.value)
     if not at: assert "became NaN or infinite" in str(e.value)
+    if name == "finetune": states, good = states[:1], good[:1]                    # the reward model may have seen the newest pictures already
     assert equal([s.state_dict() for s in states], good) and not_finite(good) is None
 
 
