@@ -94,7 +94,8 @@ def verdicts(rows, control):
     auc, recall = mean(COLUMNS["AUC before"]) - mean(COLUMNS["AUC after"]), mean(COLUMNS["recall before"]) - mean(COLUMNS["recall after"])
     out = [("after / before, worst seed: at most 0.35", max(ratios), max(ratios) <= .35), ("after / before, mean: at most 0.27", statistics.mean(ratios), statistics.mean(ratios) <= .27),
            ("after / 50 steps, of the means: at most 1.25", after / full, after / full <= 1.25), ("fall of the fresh discriminator's AUC, mean: at least 0.1", auc, auc >= .1),
-           ("fall of recall, mean: at most 0.05", recall, recall <= .05), ("last / best round on the judge split, worst seed: at most 1.25", max(drifts), max(drifts) <= 1.25)]
+           ("fall of recall, mean: at most 0.05", recall, recall <= .05), ("last / best round on the judge split, mean: at most 1.25", statistics.mean(drifts), statistics.mean(drifts) <= 1.25),
+           ("last / best round on the judge split, worst seed: at most 1.25", max(drifts), max(drifts) <= 1.25)]
     if control:
         # smallest after / before that noise alone gives: two standard deviations of "before" over the seeds' noise
         c, least = mean(COLUMNS["after / before"], control), 1 - 2 * statistics.stdev([r["before"]["fd"] for r in rows]) / mean(COLUMNS["before"]) if len(rows) > 1 else 1

@@ -86,12 +86,18 @@ def not_finite(
     if isinstance(state, Tensor): return None if state.isfinite().all() else name
     return name if isinstance(state, float) and not math.isfinite(state) else None
 
+def _copy(state):
+    "A copy of tensors and numbers in dictionaries and lists; many times faster than `copy.deepcopy`."
+    if isinstance(state, Tensor): return state.detach().clone()
+    if isinstance(state, dict): return {k: _copy(v) for k, v in state.items()}
+    return type(state)(map(_copy, state)) if isinstance(state, (list, tuple)) else state
+
 @contextmanager
 def intact(
     *parts, # Have `state_dict` and `load_state_dict`, which hold all that training changes
 ):
     "A block that trains something happens as a whole or not at all; FloatingPointError if it leaves NaN or infinity behind."
-    before = [copy.deepcopy(p.state_dict()) for p in parts]
+    before = [_copy(p.state_dict()) for p in parts]
     try:
         yield
         if name := next(filter(None, (not_finite(p.state_dict()) for p in parts)), None): raise FloatingPointError(f"{name} became NaN or infinite, probably because steps were too large; lower the learning rate")

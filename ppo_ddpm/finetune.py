@@ -31,7 +31,7 @@ class Finetuning:
         self.policy,self.cfg,self.epoch = policy.eval(),cfg,0
         self.reference = copy.deepcopy(policy).requires_grad_(False)
         self.ema = EMA(policy, cfg.ema, warmup=2)
-        self.opt = torch.optim.Adam(policy.parameters(), lr=cfg.lr)
+        self.opt = torch.optim.Adam(policy.parameters(), lr=cfg.lr, fused=True)
 
     def state_dict(self)->dict: # Tensors and numbers only; the pretrained copy is not part of it
         "Everything needed to go on."

@@ -145,7 +145,7 @@ class RewardTraining:
             torch.manual_seed(seed)
             self.model = RewardModel(shape, levels, cfg.n_models, alpha=cfg.alpha).to(device)
         self.cfg,self.seed,self.step,self.epoch = cfg,seed,0,0
-        self.opts = [torch.optim.AdamW(n.parameters(), lr=cfg.lr, betas=(.5, .99), weight_decay=.01) for n in self.model.nets]  # little momentum: it must turn when the policy does
+        self.opts = [torch.optim.AdamW(n.parameters(), lr=cfg.lr, betas=(.5, .99), weight_decay=.01, fused=True) for n in self.model.nets]  # little momentum: it must turn when the policy does
 
     def state_dict(self)->dict:
         "Everything needed to go on."
