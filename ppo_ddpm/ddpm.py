@@ -105,6 +105,7 @@ def intact(
         for p, state in zip(parts, before): p.load_state_dict(state)
         raise
 
+# %% ../nbs/04_ddpm.ipynb #55cb6137
 def whole_rounds(
     loop:Callable, # `loop(run, ...)`, a generator of records
 )->Callable:       # The same, but a round that is interrupted or fails never happened; errors of numbers say in which round that was

@@ -94,6 +94,13 @@ def _add_up(policy, stats, accelerator):
     return stats
 
 # %% ../nbs/07_ppo.ipynb #137a106a
+def _all_finite(rows):
+    "Numbers of each optimiser step, shape (steps, ...), unless one is NaN or infinite."
+    if len(bad := (~rows.isfinite()).any(1).nonzero()):
+        raise FloatingPointError(f"loss or gradient was NaN or infinite in optimiser step {bad[0].item() + 1} of {len(rows)}; lower finetune.lr or raise finetune.kl")
+    return rows
+
+# %% ../nbs/07_ppo.ipynb #0de9d513
 def ppo_update(
     policy:nn.Module,            # `policy(x, t) -> eps`, in evaluation mode; changed in place
     opt:torch.optim.Optimizer,   # Its optimiser
@@ -122,12 +129,12 @@ def ppo_update(
             stats, mine = torch.zeros(3, device=x.device), idx[share(len(idx), accelerator)]
             for i in mine.split(max_batch or minibatch) if len(mine) else ():
                 eps_new = policy(x[i], ddim.t[k[i]])
-                log_r = log_ratio(mean_shift(ddim, k[i], eps_new, eps[i]), z[i])
+                log_r = log_ratio(mean_shift(ddim, k[i], eps_new, eps[i], x[i]), z[i])
                 loss = ppo_loss(log_r, adv[i], clip_eps)
                 kl = torch.zeros_like(loss)
                 if reference is not None:
                     with torch.no_grad(): eps_ref = reference(x[i], ddim.t[k[i]])
-                    kl = gaussian_kl(mean_shift(ddim, k[i], eps_new, eps_ref))
+                    kl = gaussian_kl(mean_shift(ddim, k[i], eps_new, eps_ref, x[i]))
                     loss = loss + kl_weight * kl
                 (loss.sum() / len(idx)).backward()
                 off = (log_r.detach().exp() - 1).abs()
@@ -138,9 +145,6 @@ def ppo_update(
             opt.step(); opt.zero_grad()
             if after: after(policy)
             rows.append(torch.cat([stats, norm.detach()[None]]))
-    rows = torch.stack(rows)
-    if len(bad := (~rows.isfinite()).any(1).nonzero()):
-        raise FloatingPointError(f"loss or gradient was NaN or infinite in optimiser step {bad[0].item() + 1} of {len(rows)}; lower finetune.lr or raise finetune.kl")
-    loss, kl, clip_frac, norm = rows.mean(0)
+    loss, kl, clip_frac, norm = _all_finite(torch.stack(rows)).mean(0)
     if accelerator is not None: ratio_error = accelerator.gather(ratio_error[None]).max()
     return dict(loss=loss, kl=kl, clip_frac=clip_frac, ratio_error=ratio_error, grad_norm=norm)
