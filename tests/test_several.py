@@ -23,7 +23,7 @@ SMOKE = ["finetune", "--cfg", "smoke", "--finetune.lr", "1e-3", "--finetune.lr_d
 def quick(patch):
     "The judge is not what is tested here."
     patch(cli, "train_judge", functools.partial(evaluation.train_judge, n_steps=20))
-    patch(cli, "KEEP_EVERY_S", 0)
+    patch(cli, "KEEP_PAUSE", 0)
     patch(cli.fp, "NO_BAR", True)
 
 
