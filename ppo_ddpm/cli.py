@@ -208,7 +208,8 @@ def open_run(
         warnings.simplefilter("ignore")
         from torch.utils.tensorboard import SummaryWriter
     done = max((r.get("epoch", r.get("step", 0)) for r in job.state.get("history", [])), default=0)
-    first = not any(job.out.glob("events.out.tfevents.*"))
+    first = not (files := list(job.out.glob("events.out.tfevents.*")))
+    if any(f".{int(time.time())}." in p.name for p in files): time.sleep(1)                     # readers sort the files by the second in their names
     job.writer = SummaryWriter(str(job.out), purge_step=None if first else done and done + 1)   # hides what came after `done`
     text = (job.out/"config.yaml").read_text(encoding="utf-8")
     if first: job.writer.add_text("config", "    " + text.replace("\n", "\n    "), 0); job.writer.flush()
