@@ -73,7 +73,7 @@ def _sentence(box):
     "The message in a box that tyro drew."
     lines = [re.sub(r"\x1b\[[0-9;]*m|[│╭╮╰╯]|──+", "", line).strip() for line in box.splitlines()]
     said = " ".join(itertools.takewhile(bool, lines[1:]))
-    return re.sub(r"^Error parsing [\w.]*: ", "", said)
+    return re.sub(r"^Error parsing ([-\w.]*): ", r"\1: ", said)
 
 def _typed(command, args, default):
     "The options, typed; ValueError in one sentence."
@@ -147,7 +147,7 @@ def prepare(
     if cfg.compute.max_batch == "auto":
         job.cfg = replace(cfg, compute=replace(cfg.compute, max_batch=fitting_batch(job.model, job.shape, cfg.compute.precision)))
         print(f"compute.max_batch: auto, so {job.cfg.compute.max_batch} pictures at once", flush=True)
-    job.ddim = DDIM(job.schedule, cfg.finetune.ddim_steps, cfg.finetune.eta, cfg.finetune.spacing, cfg.finetune.power).to(job.device)
+    job.ddim = sampler(job, cfg.finetune.ddim_steps)
 
 # %% ../nbs/10_cli.ipynb #be3d42c9
 def _follows(job):
@@ -199,7 +199,8 @@ def sampler(
     n_steps:int,  # Steps K
 )->DDIM:          # As the job's sampler, with another number of steps
     "A slower or faster sampler."
-    return DDIM(job.schedule, n_steps, job.cfg.finetune.eta, job.cfg.finetune.spacing, job.cfg.finetune.power).to(job.device)
+    f = job.cfg.finetune
+    return DDIM(job.schedule, n_steps, f.eta, f.spacing, f.power, f.clip_x0).to(job.device)
 
 # %% ../nbs/10_cli.ipynb #1f0cf988
 def open_run(
