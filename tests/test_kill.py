@@ -64,7 +64,7 @@ def whole(settings, tmp_path_factory):
     def get(command):
         if command not in made:
             made[command] = tmp_path_factory.mktemp("whole") / command
-            assert cli.main([command, "--cfg", str(settings), "--out", str(made[command])]) == 0
+            assert cli.main(go_on(command, settings, made[command])) == 0
         return made[command]
     return get
 
@@ -91,10 +91,12 @@ def assert_same(a, b, command):
     assert not [p for p in (*a.iterdir(), *b.iterdir()) if ".tmp" in p.name]
 
 
+FIRST = 4                                                                                        # checkpoints of the reward model before fine-tuning begins
+
 def go_on(command, settings, out):
     "Arguments that start a run, or go on with it."
     if (out / "config.yaml").exists(): return [command, "--resume", "--out", str(out)]
-    return [command, "--cfg", str(settings), "--out", str(out), *(["--overwrite"] if out.exists() else [])]
+    return [command, "--cfg", str(settings), "--out", str(out), *(["--train_reward.num_epochs", str(FIRST)] if command == "finetune" else []), *(["--overwrite"] if out.exists() else [])]
 
 
 def start(argv): return subprocess.Popen([sys.executable, "-c", PROGRAM, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
@@ -108,9 +110,9 @@ def wait_for_checkpoints(process, out, n):
         time.sleep(.0005)
 
 
-def kill(argv, out, when, rng):
-    "Start a run and kill it; returns what happened, in words."
-    old, n, pause = set(out.glob(".checkpoint.*.tmp.pt")), rng.randrange(1, 4), rng.random()
+def kill(argv, out, when, rng, first=0):
+    "Start a run and kill it, not before its `first` checkpoints are written; returns what happened, in words."
+    old, n, pause = set(out.glob(".checkpoint.*.tmp.pt")), first + rng.randrange(1, 4), rng.random()
     process = start(argv)
     if when == "while it starts": time.sleep(6 * pause)
     else:
@@ -129,7 +131,7 @@ def test_killed(command, settings, whole, tmp_path):
     whens = ["inside a checkpoint", "between checkpoints", "while it starts", "inside a checkpoint"]
     for i in range(KILLS):
         if ORDER[i % 4] != command: continue
-        happened = kill(go_on(command, settings, out), out, whens[i] if i < 4 else rng.choice(whens), rng)
+        happened = kill(go_on(command, settings, out), out, whens[i] if i < 4 else rng.choice(whens), rng, FIRST * (command == "finetune" and not out.exists()))
         what[happened.split(": ")[1]] += 1
         at = torch.load(out / "checkpoint.pt", weights_only=True) if (out / "checkpoint.pt").exists() else {}     # whole, whenever it was
         print(f"kill {i + 1} of {KILLS}, {command}: {happened}; {len(at.get('history', []))} + {len(at.get('reward_history', []))} records are safe")
@@ -142,7 +144,7 @@ def test_ctrl_c_finishes_the_round_and_saves(settings, whole, tmp_path):
     out = tmp_path / "a run"
     process = start(go_on("finetune", settings, out))
     while process.poll() is None and not (out / "before.png").exists(): time.sleep(.001)
-    wait_for_checkpoints(process, out, 10)                                       # eight are those of the reward model
+    wait_for_checkpoints(process, out, FIRST + 2)
     process.send_signal(signal.SIGINT)
     said = process.communicate()[1]
     assert process.returncode == 130, said
