@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['seeded', 'set_seed', 'pick_device', 'atomic_write', 'check_writable', 'run_folder', 'to_grid', 'show_grid',
            'save_grid', 'Paths', 'Data', 'Model', 'Schedule', 'TrainDDPM', 'TrainReward', 'Finetune', 'Evaluate',
-           'Config', 'config_names', 'load_config', 'save_config', 'progress', 'Board']
+           'Compute', 'Config', 'config_names', 'load_config', 'save_config', 'progress', 'Board']
 
 # %% ../nbs/00_core.ipynb #fde0f2b2
 import difflib, errno, hashlib, html, io, itertools, math, operator, os, random, re, reprlib, secrets, shutil, sys, tempfile, time, types, typing
@@ -196,8 +196,8 @@ def _kind(tp):
 def _convert(tp, v, key, src=None):
     "`v` as a value of type `tp`, as people mean it; TypeError names the key."
     one = tp
-    if typing.get_origin(tp) is types.UnionType: # X or null
-        if v is None: return None
+    if typing.get_origin(tp) in (types.UnionType, typing.Union): # X, or a word that stands for one, or null
+        if v is None or any(typing.get_origin(a) is Literal and v in typing.get_args(a) for a in typing.get_args(tp)): return v
         one = typing.get_args(tp)[0]
     origin, args = typing.get_origin(one), typing.get_args(one)
     if origin is Literal and v in args: return v
@@ -313,7 +313,7 @@ class Finetune:
     clip_eps: float = 0.2         # The probability ratio is clipped to 1 +- this, above 0; log-probs are summed over pixels (nats)
     episodes_per_epoch: int = 256 # Pictures drawn per round, at least 1
     microbatch: int = 64          # Episodes' worth of (episode, step) pairs per optimiser step, at least 1
-    max_batch: int | None = None  # Most pictures in the network at once, to save memory; null: all; gradients do not depend on it
+    decisions: int | None = None  # Decisions of each episode that are learned from, drawn anew each time, at least 1; null: all
     passes: int = 1               # Times that each round's pairs are used, at least 1
     grad_clip: float = 1.         # Largest norm of the gradient, above 0
     kl: float = 0.1               # Weight of the KL divergence to the pretrained model (nats per step), at least 0
@@ -324,12 +324,13 @@ class Finetune:
     refresh_every: int = 1        # Rounds between updates of the reward model on new samples, at least 0; 0: never
     refresh_steps: int = 12       # Optimiser steps of each reward model in an update, at least 1
     ratio_tolerance: float = 0.01 # How far a ratio may be off 1 before the first update of a round, at least 0; .inf: go on anyway
+    lora_rank: int | None = None  # Learn a correction of this rank beside each layer, and leave the layers as they are, at least 1; null: learn them
     save: bool = True             # Write the weights into the run folder
     def __post_init__(self):
         if self.eta == 0: raise ValueError("finetune.eta must lie in (0, 1], got 0: a step without noise has no density, so PPO cannot learn; choose 1")
         _within(self, "finetune", lr="(0, inf)", num_epochs="[1, inf)", ddim_steps="[1, inf)", eta="(0, 1]", power="[0.5, 3]", clip_eps="(0, inf)",
-                episodes_per_epoch="[1, inf)", microbatch="[1, inf)", max_batch="[1, inf)", passes="[1, inf)", grad_clip="(0, inf)", kl="[0, inf)", ema="[0, 1)",
-                gae_lambda="[0, 1]", adv_clip="(0, inf)", refresh_every="[0, inf)", refresh_steps="[1, inf)", ratio_tolerance="[0, inf]")
+                episodes_per_epoch="[1, inf)", microbatch="[1, inf)", decisions="[1, inf)", passes="[1, inf)", grad_clip="(0, inf)", kl="[0, inf)", ema="[0, 1)",
+                gae_lambda="[0, 1]", adv_clip="(0, inf)", refresh_every="[0, inf)", refresh_steps="[1, inf)", ratio_tolerance="[0, inf]", lora_rank="[1, inf)")
 
 # %% ../nbs/00_core.ipynb #a65e2b09
 @dataclass(frozen=True)
@@ -339,6 +340,17 @@ class Evaluate:
     full_steps: int = 50 # Steps of the slow sampler to compare with, 1 to schedule.T
     every: int = 5       # Rounds between looks at the held-out distance during fine-tuning, at least 1
     def __post_init__(self): _within(self, "evaluate", n="[2, inf)", full_steps="[1, inf)", every="[1, inf)")
+
+# %% ../nbs/00_core.ipynb #b54d512f
+@dataclass(frozen=True)
+class Compute:
+    "How the diffusion network is run, in training and in drawing."
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # bf16 for recent GPUs, fp16 for older ones; weights, probability ratios and KL stay in fp32
+    compile: bool = False                                # Let torch.compile make one program of the network; takes a minute, pays on a GPU
+    max_batch: int | Literal["auto"] | None = None       # Most pictures in the network at once, at least 1; null: all; auto: what free memory allows
+    checkpointing: bool = False                          # Compute parts of the forward pass again in the backward pass, to save memory
+    host: bool = False                                   # Keep the episodes of a round in the processor's memory, not the GPU's
+    def __post_init__(self): _within(self, "compute", **{} if self.max_batch == "auto" else dict(max_batch="[1, inf)"))
 
 # %% ../nbs/00_core.ipynb #b14b7b5e
 @dataclass(frozen=True)
@@ -354,6 +366,7 @@ class Config:
     train_reward: TrainReward = TrainReward()
     finetune: Finetune = Finetune()
     evaluate: Evaluate = Evaluate()
+    compute: Compute = Compute()
     def __post_init__(self):
         _within(self, "", seed="[0, 4294967295]")
         for key, k in ("finetune.ddim_steps", self.finetune.ddim_steps), ("evaluate.full_steps", self.evaluate.full_steps):

@@ -111,24 +111,18 @@ class Step:
     z: Tensor       # Standard normal noise of the decision (zeros in a step without noise)
     x_next: Tensor  # State after the step
 
-def _forward(model, x, t, batch):
-    "The network's output in float32, `batch` pictures at a time."
-    if not batch or len(x) <= batch: return model(x, t.expand(len(x))).float()
-    return torch.cat([model(c, t.expand(len(c))).float() for c in x.split(batch)])
-
 def denoise(
     model,                          # Policy: `model(x, t) -> eps`
     ddim:DDIM,                      # The sampler
     x_T:Tensor,                     # Noise to start from, standard normal, shape (B, ...)
     generator:torch.Generator=None, # Source of the decisions' noise, on the device of `x_T`
-    batch:int=None,                 # Most pictures in the network at once; None: all
 )->Iterator[Step]:
     "Walk from noise to pictures, one `Step` at a time."
     x = x_T
     for k in range(ddim.n_steps):
         with torch.no_grad():
             z = torch.randn(x.shape, generator=generator, device=x.device) if k < ddim.n_decisions else torch.zeros_like(x)
-            eps = _forward(model, x, ddim.t[k], batch)
+            eps = model(x, ddim.t[k].expand(len(x))).float()
             x_next = step_mean(ddim, k, x, eps) + ddim.sigma[k] * z
         yield Step(k, x, eps, z, x_next)
         x = x_next
@@ -138,10 +132,9 @@ def sample(
     ddim:DDIM,                      # The sampler
     x_T:Tensor,                     # Noise to start from, standard normal, shape (B, ...)
     generator:torch.Generator=None, # Source of the decisions' noise
-    batch:int=None,                 # Most pictures in the network at once
 )->Tensor:                          # Finished pictures, shape of `x_T`, not clamped
     "The last state of `denoise`."
-    for step in denoise(model, ddim, x_T, generator, batch): pass
+    for step in denoise(model, ddim, x_T, generator): pass
     return step.x_next
 
 # %% ../nbs/05_sampling.ipynb #1ce000d6
@@ -185,14 +178,16 @@ def rollout(
     ddim:DDIM,                      # The sampler; eta above 0
     x_T:Tensor,                     # Noise to start from, standard normal, shape (N, ...)
     generator:torch.Generator=None, # Source of the decisions' noise
-    batch:int=None,                 # Most pictures in the network at once
+    keep_on=None,                   # Device that keeps what the decisions were; None: that of `x_T`
 )->Trajectory:
     "Play N episodes and keep what PPO needs; ValueError if no step has a density."
     if not ddim.n_decisions:
         raise ValueError(f"eta = {ddim.eta} and {ddim.n_steps} steps leave no step with noise, so there is no density to learn from; choose eta in (0, 1] and at least 2 steps")
-    steps = list(denoise(model, ddim, x_T, generator, batch))
-    kept = steps[:ddim.n_decisions]
-    return Trajectory(*(torch.stack([getattr(s, f) for s in kept]) for f in ("x", "eps", "z")), steps[-1].x_next)
+    kept = torch.empty(3, ddim.n_decisions, *x_T.shape, device=keep_on or x_T.device)     # filled in place: nothing is held twice
+    for step in denoise(model, ddim, x_T, generator):
+        if step.k < ddim.n_decisions:
+            for to, v in zip(kept[:, step.k], (step.x, step.eps, step.z)): to.copy_(v)
+    return Trajectory(*kept, step.x_next)
 
 # %% ../nbs/05_sampling.ipynb #6da5b445
 def log_prob(
