@@ -26,11 +26,11 @@ from .core import Board, Config, atomic_write, check_writable, load_config, pick
 from .data import load_pictures, split
 from .ddpm import Pretraining, model_for, not_finite, train_ddpm
 from .evaluate import evaluate, floor, train_judge
-from .finetune import Finetuning, agree, finetune, watcher
+from .finetune import Finetuning, agree, finetune, merge_lora, watcher
 from .reward import RealFake, RewardTraining, refresh_reward, reward_of, train_reward
 from .sampling import DDIM, sample
 from .schedule import NoiseSchedule
-from .unet import load_weights, open_unet, save_weights
+from .unet import Engine, fitting_batch, load_weights, open_unet, save_weights
 
 # %% ../nbs/10_cli.ipynb #868249b8
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def parse(
     return job
 
 # %% ../nbs/10_cli.ipynb #b9e97faa
-MAY_CHANGE = {"device", "data.root", "data.download", "train_ddpm.num_steps", "finetune.num_epochs"}
+MAY_CHANGE = {"device", "data.root", "data.download", "train_ddpm.num_steps", "finetune.num_epochs", *(f"compute.{k}" for k in ("compile", "max_batch", "checkpointing", "host"))}
 
 def _check_same(old, new, path):
     "ValueError if a resumed run would go on with other settings."
@@ -144,6 +144,9 @@ def prepare(
     job.splits, job.shape = split(pictures), tuple(pictures.x.shape[1:])
     model, job.schedule = _load_model(cfg, untrained)
     job.model = model.to(job.device)
+    if cfg.compute.max_batch == "auto":
+        job.cfg = replace(cfg, compute=replace(cfg.compute, max_batch=fitting_batch(job.model, job.shape, cfg.compute.precision)))
+        print(f"compute.max_batch: auto, so {job.cfg.compute.max_batch} pictures at once", flush=True)
     job.ddim = DDIM(job.schedule, cfg.finetune.ddim_steps, cfg.finetune.eta, cfg.finetune.spacing, cfg.finetune.power).to(job.device)
 
 # %% ../nbs/10_cli.ipynb #be3d42c9
@@ -177,7 +180,7 @@ def _check_target(job, path):
 # %% ../nbs/10_cli.ipynb #1d83e4c5
 def draw(
     job,              # A prepared job
-    model,            # `model(x, t) -> eps`
+    model,            # Network, or its `Engine`
     n:int,            # How many pictures
     *key,             # Name of the noise: equal names, equal noise
     ddim:DDIM=None,   # Sampler (default: the job's)
@@ -185,9 +188,11 @@ def draw(
 )->torch.Tensor:      # Pictures, shape (n, C, H, W)
     "Draw pictures; the noise depends on seed and key only."
     g, ddim, done = seeded(job.cfg.seed, *key, device=job.device), ddim or job.ddim, []
+    engine = model if isinstance(model, Engine) else Engine(model, job.cfg.compute)
+    if engine.exact: engine.batch = min(engine.batch or 256, 256)                # one shape, so one program
     chunks = [min(256, n - i) for i in range(0, n, 256)]
     for k in progress(chunks, desc=f"drawing in {ddim.n_steps} steps", show=show and n > 256):
-        done.append(sample(model, ddim, torch.randn(k, *job.shape, generator=g, device=job.device), g, job.cfg.finetune.max_batch))
+        done.append(sample(engine, ddim, torch.randn(k, *job.shape, generator=g, device=job.device), g))
     return torch.cat(done)
 
 def sampler(
@@ -283,15 +288,16 @@ def restore(
 # %% ../nbs/10_cli.ipynb #ecc5a050
 def log_record(
     writer,         # TensorBoard's SummaryWriter
-    rec:dict,       # "epoch" or "step", and numbers
-    samples=None,   # Pictures, shape (B, C, H, W)
+    rec:dict,       # "epoch" or "step", numbers, and where there are any "samples" (B, C, H, W), "denoising" (S, B, C, H, W), "rewards" (N,)
     prefix:str="",  # Put before the names
 ):
-    "Write one record of a loop as scalars, and pictures as a grid."
+    "Write one record of a loop: numbers as scalars, pictures as grids, rewards as a histogram."
     at = rec.get("epoch", rec.get("step"))
     for k, v in rec.items():
         if k not in ("epoch", "step") and isinstance(v, (int, float)): writer.add_scalar(prefix + k, v, at)
-    if samples is not None: writer.add_image(prefix + "samples", to_grid(samples), at, dataformats="HWC")
+    if (x := rec.get("samples")) is not None: writer.add_image(prefix + "samples", to_grid(x), at, dataformats="HWC")
+    if (x := rec.get("denoising")) is not None: writer.add_image(prefix + "denoising", to_grid(x.transpose(0, 1).flatten(0, 1), len(x)), at, dataformats="HWC")   # a row a picture
+    if (r := rec.get("rewards")) is not None: writer.add_histogram(prefix + "rewards", r.detach().cpu(), at)
 
 def write_metrics(
     path,     # File to write
@@ -341,7 +347,7 @@ def run_train_ddpm(job):
     cfg = job.cfg.train_ddpm
     _check_target(job, job.cfg.path.ddpm)
     prepare(job, untrained=True)
-    run = Pretraining(job.model, cfg)
+    run = Pretraining(job.model, cfg, job.cfg.compute)
     restore(job, "run", run)
     open_run(job)
     with patient(job): _train_ddpm_loop(job, run)
@@ -360,7 +366,8 @@ def _train_ddpm_loop(job, run):
     for rec in (bar := progress(loop, total=math.ceil((cfg.num_steps - run.step) / every), desc="training")):
         bar.comment = f"loss {rec['loss']:.3f}"
         tenth = rec["step"] * 10 // cfg.num_steps
-        log_record(job.writer, rec, draw(job, run.ema.model, 36, "show", ddim=sampler(job, job.cfg.evaluate.full_steps)) if tenth > shown else None)
+        samples = dict(samples=draw(job, run.ema.model, 36, "show", ddim=sampler(job, job.cfg.evaluate.full_steps))) if tenth > shown else {}
+        log_record(job.writer, rec | samples)
         shown = tenth
         history.append(rec)
         keep(job, run=run.state_dict(), force=run.step == cfg.num_steps)
@@ -477,18 +484,18 @@ def run_finetune(
     prepare(job)
     make_judge(job)
     paid, data = reward_parts(job)
-    run = Finetuning(job.model, job.cfg.finetune)
+    run = Finetuning(job.model, job.cfg.finetune, job.cfg.compute)
     restore(job, "run", run)
     open_run(job)
     save_grid(draw(job, run.reference, 60, "show"), job.out/"before.png", ncol=10)
     print(f"before: what the model draws in {job.ddim.n_steps} steps is in {job.out/'before.png'}", flush=True)
     with patient(job): reward_loop(job, paid, data)
-    watch = watcher(job.judge, job.splits, job.ddim, job.cfg.evaluate.n, batch=job.cfg.finetune.max_batch)
-    with Board(job.cfg.finetune.num_epochs, _marks(job, run.reference, watch, full), show=False) as board, patient(job):
+    watch = watcher(job.judge, job.splits, job.ddim, job.cfg.evaluate.n)
+    with Board(job.cfg.finetune.num_epochs, _marks(job, run.anchor, watch, full), show=False) as board, patient(job):
         _finetune_loop(job, run, paid, data, watch, board)
         board.save(job.out/"curves.png")
-    save_grid(draw(job, run.ema.model, 60, "show"), job.out/"after.png", ncol=10)
-    if job.cfg.finetune.save: print(f"weights: {save_weights(run.ema.model, job.out/'policy.safetensors', data=job.splits.train.name, seed=job.cfg.seed, epochs=run.epoch, steps=job.ddim.n_steps, schedule=asdict(job.cfg.schedule))}")
+    save_grid(draw(job, run.average, 60, "show"), job.out/"after.png", ncol=10)
+    if job.cfg.finetune.save: print(f"weights: {save_weights(merge_lora(run.ema.model), job.out/'policy.safetensors', data=job.splits.train.name, seed=job.cfg.seed, epochs=run.epoch, steps=job.ddim.n_steps, schedule=asdict(job.cfg.schedule))}")
     job.writer.close()
     return run
 
@@ -519,20 +526,18 @@ def _finetune_loop(job, run, paid, data, watch, board):
     for rec in history: board.update(rec)
     loop = _rounds(job, run, paid, data)
     for rec in (bar := progress(loop, total=cfg.num_epochs - run.epoch, desc="fine-tuning", show=run.epoch < cfg.num_epochs)):
-        rec["images/s"] = cfg.episodes_per_epoch / rec.pop("seconds")
-        if run.epoch % every == 0 or run.epoch == cfg.num_epochs: rec |= watch(run.ema.model)
-        samples = rec.pop("samples", None)
+        if run.epoch % every == 0 or run.epoch == cfg.num_epochs: rec |= watch(run.average)
         bar.comment = f"reward {rec['reward']:.2f}, KL {rec['kl']:.2f}" + (f", distance {rec['fd']:.2f}" if "fd" in rec else "")
-        log_record(job.writer, rec, samples)
-        board.update(rec | dict(samples=samples))
-        history.append(rec)
+        log_record(job.writer, rec)
+        board.update(rec)
+        history.append({k: v for k, v in rec.items() if isinstance(v, (int, float))})
         keep(job, run=run.state_dict(), reward=paid.state_dict(), pictures=data.state_dict(), force=run.epoch == cfg.num_epochs)
 
 # %% ../nbs/10_cli.ipynb #5e9730a6
 def _follow(job):
     "What every process but the first does: its share of the work. It writes nothing."
     prepare(job)
-    for _ in _rounds(job, Finetuning(job.model, job.cfg.finetune), *reward_parts(job)): pass
+    for _ in _rounds(job, Finetuning(job.model, job.cfg.finetune, job.cfg.compute), *reward_parts(job)): pass
 
 def _only_finetune(job):
     if _follows(job): return _follow(job)
@@ -578,7 +583,7 @@ def run_demo(job):
     "The whole path: draw, train the reward model, fine-tune, measure, and write report.html."
     run = run_finetune(job, full=True)
     n = job.cfg.evaluate.n
-    rows = measure(job, dict(before=lambda: draw(job, run.reference, n, "evaluate"), after=lambda: draw(job, run.ema.model, n, "evaluate"), full_steps=job.full, floor=None))
+    rows = measure(job, dict(before=lambda: draw(job, run.reference, n, "evaluate"), after=lambda: draw(job, run.average, n, "evaluate"), full_steps=job.full, floor=None))
     metrics = rows | _common(job) | dict(steps=job.ddim.n_steps, full_n_steps=job.cfg.evaluate.full_steps, marks=job.marks, history=job.state["history"], reward_history=job.state["reward_history"])
     write_metrics(job.out/"metrics.json", metrics)
     with atomic_write(job.out/"report.html") as tmp: tmp.write_text(report(job.out, metrics), encoding="utf-8")

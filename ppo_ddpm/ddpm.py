@@ -61,9 +61,10 @@ class EMA:
 def grad_scaler(
     compute:Compute, # Its precision decides
     device,          # Where the network is
+    start=2.**16,    # First factor; gradients of a mean over pixels are small, those of a policy are not
 )->torch.amp.GradScaler: # Does nothing unless the precision is fp16
     "Scale the loss, so that small gradients survive ([Micikevicius et al. 2018](https://arxiv.org/abs/1710.03740), section 3.2)."
-    return torch.amp.GradScaler(torch.device(device).type, enabled=compute.precision == "fp16")
+    return torch.amp.GradScaler(torch.device(device).type, init_scale=start, enabled=compute.precision == "fp16")
 
 # %% ../nbs/04_ddpm.ipynb #5b95fd34
 class Pretraining:

@@ -25,6 +25,7 @@ from ppo_ddpm.schedule import NoiseSchedule
 from ppo_ddpm.unet import UNet, save_weights
 
 KILLS = int(os.environ.get("PPO_DDPM_KILLS", 4))
+TIMES = ("seconds", "images/s", "steps/s", "left_s")                                           # differ from run to run
 ORDER = ["finetune", "train-ddpm", "finetune", "train-reward"]                                   # whose turn it is to be killed
 WEIGHTS = {"finetune": "policy", "train-ddpm": "ddpm", "train-reward": "reward"}
 # the command as the shell runs it, but with a judge that is trained for a moment only and a checkpoint after every round
@@ -70,7 +71,7 @@ def whole(settings, tmp_path_factory):
 
 def metrics(out):
     "All numbers but those that are times."
-    def timeless(v): return {k: timeless(x) for k, x in v.items() if k not in ("seconds", "images/s")} if isinstance(v, dict) else [timeless(x) for x in v] if isinstance(v, list) else v
+    def timeless(v): return {k: timeless(x) for k, x in v.items() if k not in TIMES} if isinstance(v, dict) else [timeless(x) for x in v] if isinstance(v, list) else v
     return timeless(json.loads((out / "metrics.json").read_text()))
 
 
@@ -78,7 +79,7 @@ def curves(out):
     "Steps and values of each scalar as TensorBoard reads them, and the tags of the texts."
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     acc = EventAccumulator(str(out)); acc.Reload()
-    return {tag: [(e.step, e.value if tag != "images/s" else 0) for e in acc.Scalars(tag)] for tag in acc.Tags()["scalars"]}, {t: len(acc.Tensors(t)) for t in acc.Tags()["tensors"]}
+    return {tag: [(e.step, e.value if tag not in TIMES else 0) for e in acc.Scalars(tag)] for tag in acc.Tags()["scalars"]}, {t: len(acc.Tensors(t)) for t in acc.Tags()["tensors"]}
 
 
 def assert_same(a, b, command):

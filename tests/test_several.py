@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import ppo_ddpm.cli as cli
 import ppo_ddpm.evaluate as evaluation
-from ppo_ddpm.core import Finetune, seeded
+from ppo_ddpm.core import Compute, Finetune, seeded
 from ppo_ddpm.finetune import Finetuning, finetune
 from ppo_ddpm.sampling import DDIM, PointPolicy
 from ppo_ddpm.schedule import NoiseSchedule
@@ -30,11 +30,12 @@ def quick(patch):
 def points(accelerator=None):
     "Fine-tune a policy of points, with a reward of the whole batch that is refreshed, and minibatches down to a single pair."
     torch.manual_seed(accelerator.process_index if accelerator else 0)          # process 0's weights must count
-    run = Finetuning(PointPolicy(width=16), Finetune(lr=1e-3, num_epochs=4, ddim_steps=4, episodes_per_epoch=11, microbatch=4, max_batch=3, kl=.3))
+    run = Finetuning(PointPolicy(width=16), Finetune(lr=1e-3, num_epochs=4, ddim_steps=4, episodes_per_epoch=11, microbatch=4, kl=.3), Compute(max_batch=3))
     goal = torch.zeros(2)
     def refresh(x0): goal.copy_(.5 * goal - .1 * x0.mean(0))
     reward = lambda x0: -(x0 - x0.mean(0) - goal).norm(dim=1)
-    curve = [{k: v for k, v in rec.items() if k != "seconds"} for rec in finetune(run, DDIM(NoiseSchedule("cosine"), 4), reward, (2,), refresh, 5, accelerator)]
+    timeless = lambda rec: {k: v for k, v in rec.items() if k not in ("seconds", "images/s", "steps/s", "left_s", "rewards")}
+    curve = [timeless(rec) for rec in finetune(run, DDIM(NoiseSchedule("cosine"), 4), reward, (2,), refresh, 5, accelerator)]
     return dict(curve=curve, goal=goal, weights=torch.cat([p.detach().flatten() for m in (run.policy, run.ema.model) for p in m.parameters()]))
 
 
