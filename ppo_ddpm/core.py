@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['seeded', 'set_seed', 'pick_device', 'atomic_write', 'check_writable', 'run_folder', 'to_grid', 'show_grid',
-           'save_grid', 'Paths', 'Data', 'Model', 'Schedule', 'TrainDDPM', 'TrainReward', 'Finetune', 'Evaluate',
-           'Compute', 'Config', 'config_names', 'load_config', 'save_config', 'progress', 'Board']
+           'save_grid', 'save_gif', 'Paths', 'Data', 'Model', 'Schedule', 'TrainDDPM', 'TrainReward', 'Finetune',
+           'Evaluate', 'Compute', 'Config', 'config_names', 'load_config', 'save_config', 'progress', 'Board']
 
 # %% ../nbs/00_core.ipynb #fde0f2b2
 import difflib, errno, hashlib, html, io, itertools, math, operator, os, random, re, reprlib, secrets, shutil, sys, tempfile, time, types, typing
@@ -182,6 +182,24 @@ def save_grid(
     scale = scale or max(1, round(500 / max(grid.shape)))
     grid = grid.repeat(scale, 0).repeat(scale, 1)
     with atomic_write(path) as tmp: Image.fromarray(grid[..., 0] if grid.shape[2] == 1 else grid).save(tmp)
+    return Path(path)
+
+# %% ../nbs/00_core.ipynb #b0a2d003
+def save_gif(
+    frames:list,    # Batches of pictures, each (B, C, H, W) in [-1, 1], all of one shape
+    path,           # File to write, such as "samples.gif"
+    ncol:int=None,  # Pictures in a row (default: as square as it gets)
+    scale:int=None, # A pixel becomes scale x scale (default: the longer side has about 500)
+    ms:int=300,     # Time of one frame, milliseconds; the last one stays four times as long
+)->Path:            # The path
+    "Save grids of pictures as an animation that repeats; errors as `to_grid`, and ValueError for no frames."
+    from PIL import Image
+    grids = [np.rint(to_grid(f, ncol) * 255).astype(np.uint8) for f in frames]
+    if not grids: raise ValueError("an animation needs frames and got none; give at least one batch of pictures")
+    scale = scale or max(1, round(500 / max(grids[0].shape)))
+    pics = [Image.fromarray((g[..., 0] if g.shape[2] == 1 else g).repeat(scale, 0).repeat(scale, 1)) for g in grids]
+    with atomic_write(path) as tmp:
+        pics[0].save(tmp, format="GIF", save_all=True, append_images=pics[1:], duration=[ms] * (len(pics) - 1) + [4 * ms], loop=0)
     return Path(path)
 
 # %% ../nbs/00_core.ipynb #31055798
@@ -525,7 +543,7 @@ class _Terminal(fp.ConsoleProgressBar):
 
 # %% ../nbs/00_core.ipynb #b0380d76
 class Board:
-    "A live view of fine-tuning: samples from fixed noise, reward, held-out distance, KL and clip fraction."
+    "A live view of fine-tuning: samples from fixed noise, curves, denoising, rewards, throughput and the time left."
     def __init__(self,
         n_epochs:int=None,      # Epochs of the run, at least 1, to fix the horizontal axis (default: it grows)
         marks:dict|None=None,   # Distances to compare with, drawn as lines: {"before": 3.4, "50 steps": 0.8, "floor": 0.4}
@@ -534,53 +552,230 @@ class Board:
         ncol:int=None,          # Samples in a row (default: as square as it gets)
     ):
         self.n_epochs, self.marks, self.every_s, self.ncol = n_epochs, dict(marks or {}), every_s, ncol
-        self.show, self.records, self.samples, self.handle = show and fp.IN_NOTEBOOK, [], None, None
+        self.show, self.records, self.handle = show and fp.IN_NOTEBOOK, [], None
+        self.first, self.last = {}, {} # {"samples": (epoch, tensor), ...}: as first seen, and the newest
+        self.frames, self.stride, self.n_seen = [], 1, 0 # samples for an animation: every stride-th of those seen
         self.fresh, self.drawn, self.cost = False, -math.inf, 0. # is the figure up to date; when was it drawn; how long did that take (s)
         self._make()
     def __repr__(self): return f"Board with {len(self.records)} records"
     def __enter__(self): return self
     def __exit__(self, *_): self.close()
 
+    def save_gif(self,
+        path,           # File to write, such as "samples.gif"
+        scale:int=None, # A pixel becomes scale x scale (default: the longer side has about 500)
+        ms:int=150,     # Time of one frame, milliseconds
+    )->Path:            # The path
+        "Write the fixed set of samples over training, in at most 40 frames, as an animation; ValueError if there are none."
+        if not self.frames: raise ValueError("no record held 'samples', so there is nothing to animate; update the board with pictures from fixed noise first")
+        last = self.last["samples"][1]
+        frames = self.frames + [last] * (not torch.equal(last, self.frames[-1]))
+        return save_gif([f / 127.5 - 1 for f in frames], path, self.ncol, scale, ms)
+
 # %% ../nbs/00_core.ipynb #b80280b2
 _PANELS = {"reward": ("Reward", "#0072B2"), "fd": ("Distance to held-out pictures", "#D55E00"),
            "kl": ("KL to the pretrained model (nats)", "#009E73"), "clip_frac": ("Share of clipped decisions", "#CC79A7")}
+_PLACES = {"reward": (.42, .59, .26, .33), "fd": (.73, .59, .26, .33), "kl": (.42, .11, .26, .33), "clip_frac": (.73, .11, .26, .33),
+           "samples": (.005, .03, .355, .87), "first": (.005, .03, .17, .87), "denoising": (.005, -.48, .66, .35), "rewards": (.73, -.39, .26, .26)}
+# left, bottom, width and height, in parts of 9.6 x 4 inches; the lower row lies below 0
 
 @patch
 def _make(self:Board):
-    "The figure, its axes and lines, empty."
+    "The figure, its axes and what is drawn on them, empty."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure # without pyplot, which would show it again
     self.fig = Figure(figsize=(9.6, 4), dpi=80)
-    self.canvas, self.lines, self.axes, self.image = FigureCanvasAgg(self.fig), {}, {}, None
-    self.grid_ax = self.fig.add_axes([.005, .03, .355, .87])
-    self.grid_ax.axis("off")
-    for i, (key, (title, color)) in enumerate(_PANELS.items()):
-        ax = self.axes[key] = self.fig.add_axes([.42 + .31 * (i % 2), .59 - .48 * (i // 2), .26, .33])
-        self.lines[key], = ax.plot([], [], color=color, marker="o", markersize=2.5, linewidth=1.2)
-        ax.set_title(title, fontsize=9, y=1.02); ax.tick_params(labelsize=7); ax.grid(alpha=.3); ax.locator_params(nbins=5)
-        if i > 1: ax.set_xlabel("epoch", fontsize=8); ax.xaxis.set_label_coords(.5, -.16)
-        if self.n_epochs: ax.set_xlim(0, self.n_epochs + .5)
+    self.canvas, self.text = FigureCanvasAgg(self.fig), self.fig.text(.01, 0, "", fontsize=8.5)
+    self.axes = {name: self.fig.add_axes(place) for name, place in _PLACES.items()}
+    self.lines = {key: self.axes[key].plot([], [], color=color, marker="o", markersize=2.5, linewidth=1.2)[0] for key, (_, color) in _PANELS.items()}
+    for key, (title, _) in _PANELS.items():
+        self.axes[key].set_title(title, fontsize=9, y=1.02); self.axes[key].grid(alpha=.3)
+        if self.n_epochs: self.axes[key].set_xlim(0, self.n_epochs + .5)
     for (name, v), style in zip(self.marks.items(), itertools.cycle(["--", ":", "-."])):
         self.axes["fd"].axhline(v, color="black", linestyle=style, linewidth=1, label=name)
     if self.marks: self.axes["fd"].legend(fontsize=7, loc="upper right", handlelength=2.5)
+    look = {"last": dict(fill=True, color="#0072B2", alpha=.55), "first": dict(color="black", linestyle="--")}
+    self.bars = {name: self.axes["rewards"].stairs([0.], [0., 1.], **kw) for name, kw in look.items()}
+    self._label()
+
+# %% ../nbs/00_core.ipynb #b0a2d005
+@patch
+def _label(self:Board):
+    "Ticks and names of the axes."
+    for key in (*_PANELS, "rewards"): self.axes[key].tick_params(labelsize=7); self.axes[key].locator_params(nbins=5)
+    for key, name in ("kl", "epoch"), ("clip_frac", "epoch"), ("rewards", "reward of an episode"):
+        self.axes[key].set_xlabel(name, fontsize=8); self.axes[key].xaxis.set_label_coords(.5, -.16 if name == "epoch" else -.2)
+    self.axes["rewards"].set_ylabel("episodes", fontsize=8)
+    for key in "samples", "first": self.axes[key].axis("off")
+    self.axes["denoising"].spines[:].set_visible(False)
+    self.axes["denoising"].tick_params(labelsize=7, length=0, pad=1, labeltop=True, labelbottom=False)
+    self.axes["denoising"].set_yticks([])
+
+# %% ../nbs/00_core.ipynb #b0a2d007
+_NUMBERS = ("epoch", *_PANELS, "images/s", "steps/s", "left_s")
+_SHAPES = {"samples": "B, C, H, W", "rewards": "N", "denoising": "S, B, C, H, W", "denoising_t": "S"}
+
+def _number(key, v):
+    "A number of a record as Python's own; TypeError for anything else."
+    if v is None or type(v) in (int, float): return v
+    try: return v.item() # of NumPy or torch
+    except (AttributeError, ValueError, RuntimeError): pass
+    raise TypeError(f"{key!r} in a record must be a number, got {reprlib.repr(v)}; leave it out where it is not known")
+
+def _tensor(key, v):
+    "A tensor of a record; TypeError if it is none, ValueError for another shape."
+    try: x = torch.as_tensor(v).detach()
+    except (TypeError, ValueError, RuntimeError): x = None
+    if x is None: raise TypeError(f"{key!r} in a record must be a tensor ({_SHAPES[key]}), got {reprlib.repr(v)}; leave it out where it is not known")
+    if x.ndim != _SHAPES[key].count(",") + 1 or 0 in x.shape:
+        raise ValueError(f"{key!r} in a record has shape {tuple(x.shape)}, expected ({_SHAPES[key]}); reshape it or leave it out")
+    return x
+
+# %% ../nbs/00_core.ipynb #b0a2d008
+def _small(x):
+    "Pictures (B, C, H, W) as 8-bit integers on the CPU, averaged down to at most 64 pixels in height and width; errors as `to_grid`."
+    k = -(-max(x.shape[2:]) // 64)
+    if k > 1 and x.is_floating_point(): x = torch.nn.functional.avg_pool2d(x.float().clamp(-1, 1), k, ceil_mode=True)
+    x = x.cpu()
+    if x.shape[1] not in (1, 3) or not x.is_floating_point() or x.isnan().any(): to_grid(x) # which says what is wrong
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+
+# %% ../nbs/00_core.ipynb #b0a2d009
+@patch
+def _take(self:Board, epoch, record):
+    "Keep of an epoch's pictures and rewards what will be shown."
+    x, r, d, t = (None if record.get(k) is None else _tensor(k, record[k]) for k in _SHAPES)
+    new = {}
+    if x is not None: new["samples"] = _small(x[:36])
+    if r is not None: new["rewards"] = r[r.isfinite()].float().cpu()
+    if d is not None:
+        if (n := 0 if t is None else len(t)) != len(d): raise ValueError(f"'denoising' in a record holds {len(d)} steps and 'denoising_t' {n}; give one timestep for each")
+        pick = torch.linspace(0, len(d) - 1, min(len(d), 12)).round().long().tolist()
+        new["denoising"], new["denoising_t"] = _small(d[pick, :10].flatten(0, 1)).unflatten(0, (len(pick), -1)), t[pick].tolist()
+    e0, x0 = self.first.get("samples", (epoch, new.get("samples")))
+    if "samples" in new and new["samples"].shape != x0.shape:
+        raise ValueError(f"the samples of epoch {epoch} do not have the shape of those of epoch {e0}, {tuple(x0.shape)}; draw as many from the same noise each time")
+    for k, v in new.items(): self.last[k] = epoch, v; self.first.setdefault(k, (epoch, v))
+    if "samples" in new: self._film(new["samples"])
+
+@patch
+def _film(self:Board, x):
+    "Take every stride-th batch of samples as a frame, and double the stride when 40 are full."
+    if self.n_seen % self.stride == 0: self.frames.append(x)
+    if len(self.frames) == 40: self.frames, self.stride = self.frames[::2], 2 * self.stride
+    self.n_seen += 1
+
+# %% ../nbs/00_core.ipynb #f256809c
+@patch
+def update(self:Board,
+    # "epoch" and, where known, numbers (or None): "reward", "fd", "kl", "clip_frac", "images/s", "steps/s", "left_s" (seconds); and tensors:
+    # "samples" (B, C, H, W) in [-1, 1] from the same noise each time, of which 36 are kept; "rewards" (N,) of the episodes;
+    # "denoising" (S, B, C, H, W), the predicted x0 of a few episodes at S steps, with their timesteps in "denoising_t" (S,)
+    record:dict,
+):
+    "Take note of an epoch and redraw if it is time; TypeError or ValueError, in one sentence, for what cannot be shown."
+    if not isinstance(record, dict) or record.get("epoch") is None:
+        raise TypeError(f"a record is a dictionary with at least the key 'epoch', got {reprlib.repr(record)}; pass what the loop yields")
+    rec = {k: _number(k, v) if k in _NUMBERS else v for k, v in record.items() if k not in _SHAPES}
+    self._take(rec["epoch"], record)
+    self.records.append(rec)
+    self.fresh = False
+    if self.show and time.monotonic() - self.drawn > max(self.every_s, 50 * self.cost): self._display()
 
 # %% ../nbs/00_core.ipynb #10d5d599
 @patch
-def _draw(self:Board):
-    "Bring the figure up to date."
+def _curves(self:Board):
+    "Bring the curves up to date."
     for key, line in self.lines.items():
-        pts = [(r["epoch"], float(r[key])) for r in self.records if r.get(key) is not None]
+        pts = [(r["epoch"], r[key]) for r in self.records if r.get(key) is not None]
         line.set_data([p[0] for p in pts], [p[1] for p in pts])
         ax, ys = self.axes[key], [p[1] for p in pts if math.isfinite(p[1])] + (list(self.marks.values()) if key == "fd" else [])
         if not self.n_epochs: ax.set_xlim(0, max([r["epoch"] for r in self.records], default=0) + .5)
         lo, hi = (min(ys), max(ys)) if ys else (0., 1.)
         pad = .06 * (hi - lo) or .06 * abs(hi) or .06
         ax.set_ylim((lo if key == "reward" else min(lo, 0.)) - (pad if key == "reward" else 0), hi + pad)
-    if self.samples is not None:
-        grid, epoch = to_grid(self.samples[1], self.ncol), self.samples[0]
-        if self.image is None: self.image = self.grid_ax.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        self.image.set_data(grid)
-        self.grid_ax.set_title(f"Samples from fixed noise, epoch {epoch}", fontsize=9, y=1.)
+
+# %% ../nbs/00_core.ipynb #b0a2d018
+def _put(ax, x, ncol, title):
+    "Show 8-bit pictures as a grid on axes that may hold another one."
+    grid = to_grid(x / 127.5 - 1, ncol)
+    if not ax.images: ax.imshow(grid, cmap="gray", vmin=0, vmax=1, interpolation="antialiased") # sharp if enlarged, smooth if reduced
+    ax.images[0].set_data(grid)
+    ax.images[0].set_extent((-.5, grid.shape[1] - .5, grid.shape[0] - .5, -.5))
+    ax.set_title(title, fontsize=9, y=1.)
+
+@patch
+def _pair(self:Board)->bool:
+    "Have samples been seen at two epochs?"
+    return "samples" in self.last and self.first["samples"][0] != self.last["samples"][0]
+
+# %% ../nbs/00_core.ipynb #b0a2d042
+@patch
+def _pictures(self:Board):
+    "Bring the samples up to date."
+    if "samples" not in self.last: return
+    (e0, x0), (e1, x1) = self.first["samples"], self.last["samples"]
+    if not self._pair(): return _put(self.axes["samples"], x1, self.ncol, f"Samples from fixed noise, epoch {e1}")
+    n = min(18, len(x1))
+    ncol = max(1, self.ncol // 2) if self.ncol else math.ceil(math.sqrt(n / 2)) # each half is twice as high as wide
+    _put(self.axes["first"], x0[:n], ncol, f"From fixed noise, epoch {e0}")
+    _put(self.axes["samples"], x1[:n], ncol, f"the same, epoch {e1}")
+
+# %% ../nbs/00_core.ipynb #b0a2d021
+@patch
+def _strip(self:Board):
+    "Bring the pictures of denoising up to date."
+    if "denoising" not in self.last: return
+    epoch, x = self.last["denoising"] # (S, B, C, H, W)
+    ax, (S, B), t = self.axes["denoising"], x.shape[:2], self.last["denoising_t"][1]
+    blocks = max(1, min(11 // (S + 1), B // 2)) # of two episodes, beside each other
+    rows = min(2, B // blocks)
+    x = x[:, :blocks * rows].unflatten(1, (blocks, rows)).permute(2, 1, 0, 3, 4, 5)
+    x = torch.cat([x, torch.full_like(x[:, :, :1], 255)], 2).flatten(1, 2)[:, :-1] # an empty column between blocks
+    _put(ax, x.flatten(0, 1), x.shape[1], f"Predicted $x_0$ at steps t, epoch {epoch}")
+    w = x.shape[-1] + max(1, x.shape[-2] // 32) # of a column, with its gap
+    at = [j for j in range(x.shape[1]) if j % (S + 1) < S]
+    ax.set_xticks([j * w + (x.shape[-1] - 1) / 2 for j in at], [f"t={t[j % (S + 1)]:g}" for j in at])
+    ax.title.set_y(1.1)
+
+# %% ../nbs/00_core.ipynb #b0a2d024
+@patch
+def _histogram(self:Board):
+    "Bring the histogram of rewards up to date; both rounds are counted in the same bins."
+    if "rewards" not in self.last: return
+    ax, rounds = self.axes["rewards"], {"first": self.first["rewards"], "last": self.last["rewards"]}
+    edges = np.histogram_bin_edges(np.concatenate([r.double() for _, r in rounds.values()]), 30)
+    counts = {n: np.histogram(r.double(), edges)[0] for n, (_, r) in rounds.items()}
+    for n, bars in self.bars.items(): bars.set_data(counts[n], edges)
+    ax.set_xlim(edges[0], edges[-1]); ax.set_ylim(0, 1.06 * max(1, *counts["first"], *counts["last"]))
+    (e0, _), (e1, _) = rounds.values()
+    ax.set_title(f"Rewards, epoch {e1}" + (f" (outline: epoch {e0})" if e0 != e1 else ""), fontsize=9, y=1.02)
+
+# %% ../nbs/00_core.ipynb #b0a2d027
+@patch
+def _rates(self:Board)->str:
+    "Throughput and time left in words, as far as the records tell."
+    newest = lambda k: next((r[k] for r in reversed(self.records) if r.get(k) is not None), math.nan)
+    said = [f"{v:,.0f} {k}" if v >= 100 else f"{v:.3g} {k}" for k in ("images/s", "steps/s") if math.isfinite(v := newest(k))]
+    if 0 < (s := newest("left_s")) < math.inf: said.append(f"about {f'{s:.0f} s' if s < 90 else f'{s / 60:.0f} min' if s < 5400 else f'{s / 3600:.1f} h'} left")
+    return "    ".join([f"epoch {self.records[-1]['epoch']}" + (f" of {self.n_epochs}" if self.n_epochs else ""), *said]) if said else ""
+
+# %% ../nbs/00_core.ipynb #b0a2d044
+@patch
+def _draw(self:Board):
+    "Bring the figure up to date."
+    self._curves(); self._pictures(); self._strip(); self._histogram()
+    self.text.set_text(self._rates())
+    places, seen = dict(_PLACES), {*_PANELS, *self.last}
+    if self._pair(): seen.add("first"); places["samples"] = (.19, .03, .17, .87)
+    if "denoising" not in seen: places["rewards"] = (.07, -.39, .92, .26)
+    below = 2. * bool({"denoising", "rewards"} & seen) + .25 * bool(self.text.get_text()) # inches
+    height = 4 + below
+    if self.fig.get_figheight() != height: self.fig.set_figheight(height)
+    for name, ax in self.axes.items():
+        left, bottom, w, h = places[name]
+        ax.set_visible(name in seen); ax.set_position([left, (4 * bottom + below) / height, w, 4 * h / height])
+    self.text.set_y(.07 / height)
 
 # %% ../nbs/00_core.ipynb #b8f76c67
 @patch
@@ -595,26 +790,14 @@ def _png(self:Board)->bytes:
 @patch
 def _repr_png_(self:Board): return self._png()
 
-# %% ../nbs/00_core.ipynb #f256809c
-@patch
-def update(self:Board,
-    record:dict, # "epoch" and, where known, "reward", "fd", "kl", "clip_frac" (numbers or None), "samples" ((B, C, H, W) in [-1, 1])
-):
-    "Take note of an epoch and redraw if it is time; TypeError for anything but such a dictionary."
-    if not isinstance(record, dict) or "epoch" not in record:
-        raise TypeError(f"a record is a dictionary with at least the key 'epoch', got {reprlib.repr(record)}; pass what the loop yields")
-    if record.get("samples") is not None: self.samples = record["epoch"], record["samples"]
-    self.records.append({k: v for k, v in record.items() if k != "samples"})
-    self.fresh = False
-    if self.show and time.monotonic() - self.drawn > max(self.every_s, 20 * self.cost): self._display()
-
 # %% ../nbs/00_core.ipynb #091c4c48
 @patch
 def _display(self:Board):
     "Show the figure, in the output that it already has."
     from IPython.display import Image, display
     start = time.thread_time() # of the processor, whatever else goes on
-    im = Image(data=self._png(), format="png", alt="Samples beside curves of reward, held-out distance, KL and clipped share")
+    low = ", above predicted pictures and a histogram of rewards" if {"denoising", "rewards"} & self.last.keys() else ""
+    im = Image(data=self._png(), format="png", alt="Samples beside curves of reward, held-out distance, KL and clipped share" + low)
     if self.handle is None: self.handle = display(im, display_id=True)
     else: self.handle.update(im)
     self.drawn, self.cost = time.monotonic(), time.thread_time() - start
@@ -627,10 +810,24 @@ def close(self:Board):
 @patch
 def save(self:Board,
     path,        # File to write, such as "curves.png"
-    dpi:int=120, # Resolution, in pixels per inch of 9.6 x 4 inches
+    dpi:int=120, # Resolution, in pixels per inch; 9.6 inches wide and 4 to 6.25 high
 )->Path:         # The path
     "Write the board as a picture."
     self._draw()
     with atomic_write(path) as tmp: self.fig.savefig(tmp, dpi=dpi)
     self.fresh = False
     return Path(path)
+
+# %% ../nbs/00_core.ipynb #b0a2d039
+_STATE = ("first", "last", "frames", "stride", "n_seen")
+
+@patch
+def state_dict(self:Board)->dict: # Tensors on the CPU, and numbers
+    "The pictures and rewards that the board keeps; the records are not part of it."
+    return {k: type(v)(v) for k in _STATE for v in [getattr(self, k)]} # copies
+
+@patch
+def load_state_dict(self:Board, state:dict): # From `state_dict`
+    "Go on from there."
+    for k in _STATE: setattr(self, k, type(state[k])(state[k]))
+    self.fresh = False

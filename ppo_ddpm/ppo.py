@@ -115,6 +115,19 @@ def choose_pairs(
     return (k * N + torch.arange(N, device=generator.device)).flatten()
 
 # %% ../nbs/07_ppo.ipynb #eacdb392
+def _pair_loss(policy, ddim, k, x, eps, z, advantage, clip_eps, reference, kl_weight):
+    "Of each pair: its loss, its KL divergence to the reference, and how far its ratio is off 1; the last two without gradient."
+    eps_new = policy(x, ddim.t[k])
+    log_r = log_ratio(mean_shift(ddim, k, eps_new, eps, x), z)
+    loss = ppo_loss(log_r, advantage, clip_eps)
+    kl = torch.zeros_like(loss)
+    if reference is not None:
+        with torch.no_grad(): eps_ref = reference(x, ddim.t[k])
+        kl = gaussian_kl(mean_shift(ddim, k, eps_new, eps_ref, x))
+        loss = loss + kl_weight * kl
+    return loss, kl.detach(), (log_r.detach().exp() - 1).abs()
+
+# %% ../nbs/07_ppo.ipynb #4f41684b
 def ppo_update(
     policy,                      # `policy(x, t) -> eps` with `parameters()`: a network in evaluation mode, or its `Engine`; changed in place
     opt:torch.optim.Optimizer,   # Its optimiser
@@ -146,18 +159,10 @@ def ppo_update(
         for idx in pairs[torch.randperm(len(pairs), generator=generator, device=device)].split(minibatch):
             stats, mine = torch.zeros(3, device=device), idx[share(len(idx), accelerator)]
             for i in mine.split(max_batch or minibatch) if len(mine) else ():
-                k, x, eps, z = (v[i.to(v.device)].to(device, non_blocking=True) for v in flat)
-                eps_new = policy(x, ddim.t[k])
-                log_r = log_ratio(mean_shift(ddim, k, eps_new, eps, x), z)
-                loss = ppo_loss(log_r, adv[i], clip_eps)
-                kl = torch.zeros_like(loss)
-                if reference is not None:
-                    with torch.no_grad(): eps_ref = reference(x, ddim.t[k])
-                    kl = gaussian_kl(mean_shift(ddim, k, eps_new, eps_ref, x))
-                    loss = loss + kl_weight * kl
+                pairs_i = (v[i.to(v.device)].to(device, non_blocking=True) for v in flat)
+                loss, kl, off = _pair_loss(policy, ddim, *pairs_i, adv[i], clip_eps, reference, kl_weight)
                 scaler.scale(loss.sum() / len(idx)).backward()
-                off = (log_r.detach().exp() - 1).abs()
-                stats = stats + torch.stack([loss.detach().sum(), kl.detach().sum(), (off > clip_eps).sum()]) / len(idx)
+                stats = stats + torch.stack([loss.detach().sum(), kl.sum(), (off > clip_eps).sum()]) / len(idx)
                 if not rows: ratio_error = torch.maximum(ratio_error, off.max())
             if accelerator is not None: stats = _add_up(policy, stats, accelerator)
             scaler.unscale_(opt)

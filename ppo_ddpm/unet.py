@@ -65,9 +65,10 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x, emb): # x (B, c_in, H, W); emb: SiLU of the time embedding, (B, c_time), or (1, c_time) for all
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(emb)[:, :, None, None]
+        h += self.time_emb_proj(emb)[:, :, None, None]    # in place: a convolution does not need its output again
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.conv_shortcut(x) + h
+        h += self.conv_shortcut(x)
+        return h
 
 # %% ../nbs/02_unet.ipynb #47de0a8c
 class Attention(nn.Module):

@@ -29,7 +29,7 @@ def quick():
 
 def run(*argv): assert cli.main([str(a) for a in argv]) == 0
 def metrics(out): return json.loads((out / "metrics.json").read_text())
-def history(out): return [{k: v for k, v in r.items() if k != "images/s"} for r in metrics(out)["history"]]
+def history(out): return [{k: v for k, v in r.items() if k not in ("seconds", "images/s", "steps/s", "left_s")} for r in metrics(out)["history"]]
 
 
 def same(a, b):
