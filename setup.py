@@ -55,7 +55,7 @@ setup(
     packages=find_namespace_packages(include=["ppo_ddpm", "ppo_ddpm.*"], exclude=["*.__pycache__", "*.__pycache__.*"]),
     package_data={"ppo_ddpm.configs": ["*.yaml"], "ppo_ddpm.weights": ["*.safetensors", "*.json", "*.md"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "notebooks")},
+    extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "notebooks", "lora")},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

@@ -6,9 +6,9 @@ from importlib import import_module
 # name -> module that defines it
 _home = dict(
     seeded="core", set_seed="core", pick_device="core", Config="core", load_config="core", save_config="core", config_names="core",
-    show_grid="core", save_grid="core", Board="core",
+    show_grid="core", save_grid="core", save_gif="core", Board="core", Compute="core",
     NoiseSchedule="schedule",
-    UNet="unet", save_weights="unet", load_weights="unet",
+    UNet="unet", Engine="unet", save_weights="unet", load_weights="unet",
     Pictures="data", load_pictures="data", split="data",
     train_ddpm="ddpm", pretrained="ddpm",
     DDIM="sampling", sample="sampling", rollout="sampling",

@@ -188,8 +188,7 @@ def draw(
 )->torch.Tensor:      # Pictures, shape (n, C, H, W)
     "Draw pictures; the noise depends on seed and key only."
     g, ddim, done = seeded(job.cfg.seed, *key, device=job.device), ddim or job.ddim, []
-    engine = model if isinstance(model, Engine) else Engine(model, job.cfg.compute)
-    if engine.exact: engine.batch = min(engine.batch or 256, 256)                # one shape, so one program
+    engine = model if isinstance(model, Engine) else Engine(model, job.cfg.compute, min(job.cfg.compute.max_batch or 256, 256))
     chunks = [min(256, n - i) for i in range(0, n, 256)]
     for k in progress(chunks, desc=f"drawing in {ddim.n_steps} steps", show=show and n > 256):
         done.append(sample(engine, ddim, torch.randn(k, *job.shape, generator=g, device=job.device), g))
@@ -494,6 +493,7 @@ def run_finetune(
     with Board(job.cfg.finetune.num_epochs, _marks(job, run.anchor, watch, full), show=False) as board, patient(job):
         _finetune_loop(job, run, paid, data, watch, board)
         board.save(job.out/"curves.png")
+        board.save_gif(job.out/"samples.gif")
     save_grid(draw(job, run.average, 60, "show"), job.out/"after.png", ncol=10)
     if job.cfg.finetune.save: print(f"weights: {save_weights(merge_lora(run.ema.model), job.out/'policy.safetensors', data=job.splits.train.name, seed=job.cfg.seed, epochs=run.epoch, steps=job.ddim.n_steps, schedule=asdict(job.cfg.schedule))}")
     job.writer.close()
@@ -502,7 +502,8 @@ def run_finetune(
 # %% ../nbs/10_cli.ipynb #3dbc02f8
 def _marks(job, model, watch, full):
     "Distances on the judge split to compare a run with."
-    marks = {f"before, {job.ddim.n_steps} steps": watch(model)["fd"]}
+    job.before = watch(model)
+    marks = {f"before, {job.ddim.n_steps} steps": job.before["fd"]}
     if full:
         k = job.cfg.evaluate.full_steps
         job.full = draw(job, model, job.cfg.evaluate.n, "evaluate", ddim=sampler(job, k))
@@ -523,7 +524,8 @@ def _rounds(job, run, paid, data):
 def _finetune_loop(job, run, paid, data, watch, board):
     "The loop with its bar, log, board and checkpoints."
     cfg, history, every = job.cfg.finetune, job.state.setdefault("history", []), job.cfg.evaluate.every
-    for rec in history: board.update(rec)
+    for rec in [dict(epoch=0) | job.before, *history]: board.update(rec)
+    restore(job, "board", board)
     loop = _rounds(job, run, paid, data)
     for rec in (bar := progress(loop, total=cfg.num_epochs - run.epoch, desc="fine-tuning", show=run.epoch < cfg.num_epochs)):
         if run.epoch % every == 0 or run.epoch == cfg.num_epochs: rec |= watch(run.average)
@@ -531,7 +533,7 @@ def _finetune_loop(job, run, paid, data, watch, board):
         log_record(job.writer, rec)
         board.update(rec)
         history.append({k: v for k, v in rec.items() if isinstance(v, (int, float))})
-        keep(job, run=run.state_dict(), reward=paid.state_dict(), pictures=data.state_dict(), force=run.epoch == cfg.num_epochs)
+        keep(job, run=run.state_dict(), reward=paid.state_dict(), pictures=data.state_dict(), board=board.state_dict(), force=run.epoch == cfg.num_epochs)
 
 # %% ../nbs/10_cli.ipynb #5e9730a6
 def _follow(job):
@@ -613,7 +615,7 @@ MEANING = {"distance": "Frechet distance to the test split, in 32 features of a 
 def _img(path, alt, cls=""):
     "A picture inside the page."
     data = base64.b64encode(Path(path).read_bytes()).decode()
-    return f'<img class="{cls}" alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+    return f'<img class="{cls}" alt="{html.escape(alt)}" src="data:image/{Path(path).suffix[1:]};base64,{data}">'
 
 def _html_table(m):
     "The table of the page."
@@ -642,6 +644,7 @@ def report(
         page.append(f'<figure>{_img(out/(name + ".png"), "Sixty samples " + name + " fine-tuning", "pixels")}<figcaption>{said}, {m["steps"]} steps. The same noise in both pictures.</figcaption></figure>')
     page += [f'</div><h2>Numbers</h2><div class="wide">{_html_table(m)}</div><p>Measured on the test split, {m["n"]} pictures drawn for each row.</p>',
         f'<h2>The run</h2><div class="wide">{_img(out/"curves.png", "Samples during the run, and curves of reward, held-out distance, KL and clip fraction")}</div>',
+        f'<figure style="max-width:22rem">{_img(out/"samples.gif", "Samples from fixed noise, changing from round to round", "pixels")}<figcaption>What fixed noise became, round by round.</figcaption></figure>',
         "<h2>What the numbers mean</h2><dl>" + "".join(f"<dt>{k}</dt><dd>{v}</dd>" for k, v in MEANING.items()) + "</dl>",
         f"<h2>Make it again</h2><p>This run: seed {m['seed']}, {m['seconds']:.0f} s on {html.escape(str(m['hardware']))} ({m['device']}, {m['cores']} cores, {m['threads']} threads), torch {m['torch']}, ppo_ddpm {m['ppo_ddpm']}.</p>",
         f"<pre>ppo-ddpm demo --cfg {html.escape(str(out/'config.yaml'))} --out runs/again</pre>",
@@ -667,7 +670,7 @@ Reinforcement-learning fine-tuning of diffusion models.
 ppo-ddpm COMMAND --help explains every option with its default. Start with: ppo-ddpm demo"""
 
 # %% ../nbs/10_cli.ipynb #02e73750
-EXPECTED = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError)      # what this package raises on purpose
+EXPECTED = (ValueError, TypeError, OSError, RuntimeError, FloatingPointError, ImportError)      # what this package raises on purpose
 
 def _explain(e):
     "An error as one line; what comes from below this package also says how to see more."

@@ -389,6 +389,8 @@ class Config:
         _within(self, "", seed="[0, 4294967295]")
         for key, k in ("finetune.ddim_steps", self.finetune.ddim_steps), ("evaluate.full_steps", self.evaluate.full_steps):
             if k > self.schedule.T: raise ValueError(f"{key} = {k} is more than schedule.T = {self.schedule.T}; take fewer steps or a larger T")
+        if (n := self.finetune.decisions) and n >= self.finetune.ddim_steps:
+            raise ValueError(f"finetune.decisions = {n}, but finetune.ddim_steps = {self.finetune.ddim_steps} has {self.finetune.ddim_steps - 1} (the last step draws without noise); take at most that many, or null for all")
 
 # %% ../nbs/00_core.ipynb #a801c7ee
 def _from_dict(cls, d, src, prefix=""):

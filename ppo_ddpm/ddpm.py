@@ -76,7 +76,7 @@ class Pretraining:
     ):
         self.model,self.cfg,self.step = model,cfg,0
         self.ema, device = EMA(model, cfg.ema), next(model.parameters()).device
-        self.engine,self.scaler = Engine(model, compute),grad_scaler(compute, device)
+        self.engine,self.scaler = Engine(model, compute, min(compute.max_batch or cfg.batch_size, cfg.batch_size)),grad_scaler(compute, device)
         self.opt = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=0, fused=device.type == "cuda" or None)
 
     def state_dict(self)->dict: # Tensors and numbers only

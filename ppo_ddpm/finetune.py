@@ -30,7 +30,7 @@ def add_lora(
 ):
     "Low-rank corrections ([Hu et al. 2021](https://arxiv.org/abs/2106.09685)), in place; ImportError without the library peft."
     try: from peft import LoraConfig, inject_adapter_in_model
-    except ImportError: raise ImportError("finetune.lora_rank needs the library peft, which is not here; pip install peft, or set it to null") from None
+    except ImportError: raise ImportError("finetune.lora_rank needs the library peft, which is not here; pip install 'ppo_ddpm[lora]', or set it to null") from None
     layers = [name for name, m in policy.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -154,7 +154,7 @@ def _set_pieces(run, ddim, accelerator):
     minibatch, n_pairs = (m * (cfg.decisions or ddim.n_decisions) for m in (cfg.microbatch, cfg.episodes_per_epoch))
     if run.act.exact:
         each = [math.ceil(v / n) for v in (cfg.episodes_per_epoch, n_pairs, min(minibatch, n_pairs))]
-        for engine in run.act, run.anchor, run.average: engine.batch = piece_size(ddim.n_steps, *each, run.compute.max_batch)
+        for engine in run.act, run.anchor, run.average: engine.size = piece_size(ddim.n_steps, *each, run.compute.max_batch)
     return minibatch, n_pairs
 
 def _first_says(r, accelerator):

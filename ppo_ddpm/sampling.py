@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ddim_timesteps', 'DDIM', 'at', 'step_mean', 'predict_x0', 'Step', 'denoise', 'sample', 'ring', 'PointPolicy',
-           'Trajectory', 'rollout', 'log_prob', 'mean_shift', 'log_ratio', 'gaussian_kl', 'save_gif']
+           'Trajectory', 'rollout', 'log_prob', 'mean_shift', 'log_ratio', 'gaussian_kl']
 
 # %% ../nbs/05_sampling.ipynb #54776a01
 import math
@@ -15,7 +15,6 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .core import atomic_write, to_grid
 from .schedule import NoiseSchedule, read_scheduler
 
 # %% ../nbs/05_sampling.ipynb #7d068fac
@@ -252,18 +251,3 @@ def _their_grid(T, K, spacing, offset):
     if spacing == "leading": return ddim_timesteps(T, K, spacing) + offset
     t = np.arange(T, 0, -T / K)[:K].round() - 1 if spacing == "trailing" else np.linspace(0, T - 1, K).round()[::-1]
     return torch.tensor(t.astype(int))
-
-# %% ../nbs/05_sampling.ipynb #f74ba984
-def save_gif(
-    frames:list,       # Batches of pictures, each (B, C, H, W) in [-1, 1]
-    path,              # File to write, .gif
-    ncol:int=None,     # Pictures in a row
-    scale:int=6,       # Enlargement of each pixel
-    ms:int=300,        # Time of one frame, milliseconds; the last one stays four times as long
-):
-    "Save grids of pictures as an animation that repeats."
-    import numpy as np
-    from PIL import Image
-    pics = [Image.fromarray((to_grid(f, ncol) * 255).round().astype("uint8").repeat(scale, 0).repeat(scale, 1).squeeze()) for f in frames]
-    with atomic_write(path) as tmp:
-        pics[0].save(tmp, format="GIF", save_all=True, append_images=pics[1:], duration=[ms] * (len(pics) - 1) + [4 * ms], loop=0)

@@ -347,9 +347,10 @@ class Engine:
     "A network as a policy that runs fast: `engine(x, t) -> eps`, float32 whatever goes on inside."
     def __init__(self,
         model:nn.Module,            # `model(x, t) -> eps`, on its device
-        compute:Compute=Compute(),  # Precision, compilation, checkpointing, size of a piece (a number or None)
+        compute:Compute=Compute(),  # Precision, compilation, checkpointing, largest piece (a number or None)
+        size:int=None,              # Where one program must run on one shape: the pictures in every piece, at most the largest; None: pieces differ
     ):
-        self.model,self.batch,self.low = model,compute.max_batch,LOW[compute.precision]
+        self.model,self.most,self.size,self.low = model,compute.max_batch,size,LOW[compute.precision]
         self.exact = compute.compile or self.low is not None or next(model.parameters()).device.type != "cpu"   # run one program on one shape
         if compute.checkpointing: model.enable_gradient_checkpointing()
         self.run = torch.compile(model, dynamic=False) if compute.compile else model
@@ -358,7 +359,7 @@ class Engine:
 
     def _piece(self, x, t):
         n = len(x)
-        if self.exact and self.batch and n < self.batch: i = torch.arange(self.batch, device=x.device) % n; x, t = x[i], t[i]
+        if self.exact and self.size and n < self.size: i = torch.arange(self.size, device=x.device) % n; x, t = x[i], t[i]
         grad = torch.is_grad_enabled()
         with torch.set_grad_enabled(grad or self.exact), torch.autocast(x.device.type, self.low, enabled=self.low is not None): eps = self.run(x, t)
         return (eps if grad else eps.detach())[:n].float()
@@ -367,6 +368,10 @@ class Engine:
         "What the network says, piece by piece."
         if not self.batch or len(x) <= self.batch: return self._piece(x, t)
         return torch.cat([self._piece(a, b) for a, b in zip(x.split(self.batch), t.split(self.batch))])
+
+    @property
+    def batch(self): # Most pictures in the network at once; None: no limit
+        return self.size if self.exact and self.size else self.most
 
 # %% ../nbs/02_unet.ipynb #787dd8e7
 def fitting_batch(

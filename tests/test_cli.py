@@ -1,7 +1,7 @@
 """The commands on the smallest settings: what they write, that a stopped run goes on exactly, and that equal settings give equal runs.
 
 The judge and the discriminators are trained for a few steps only; the notebooks have the real ones."""
-import functools, json, subprocess, sys
+import functools, json, re, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -61,7 +61,7 @@ def finetuned(tmp_path_factory):
 
 def test_demo_writes_everything(demo):
     names = {p.name.split(".tfevents")[0] for p in demo.iterdir()}
-    assert names == {".ppo_ddpm", "config.yaml", "metrics.json", "before.png", "after.png", "curves.png", "events.out", "policy.safetensors", "checkpoint.pt", "report.html"}
+    assert names == {".ppo_ddpm", "config.yaml", "metrics.json", "before.png", "after.png", "curves.png", "samples.gif", "events.out", "policy.safetensors", "checkpoint.pt", "report.html"}
     m = metrics(demo)
     for row in "before", "after", "full_steps", "floor":
         assert m[row]["fd"] >= 0 and 0 <= m[row]["recall"] <= 1 and 0 <= m[row]["precision"] <= 1 and 0 <= m[row]["discriminator_auc"] <= 1
@@ -75,7 +75,7 @@ def test_demo_writes_everything(demo):
 
 def test_report_stands_alone(demo):
     page = (demo / "report.html").read_text()
-    assert page.count('src="data:image/png;base64,') == page.count("<img") == page.count("alt=") == 3
+    assert page.count('src="data:image/') == page.count("<img") == page.count("alt=") == 4 and page.count("data:image/gif") == 1
     assert "http" not in page and "real pictures (floor)" in page and "num_epochs: 3" in page
     assert f"{metrics(demo)['after']['fd']:.3f}" in page
 
@@ -128,6 +128,27 @@ def test_finetune_stops_and_goes_on_exactly(finetuned, tmp_path, capsys):
     assert history(out) == history(finetuned)
     scalars = events(out)[1]
     assert [s for s, _ in scalars["reward"]] == [1, 2, 3] and [s for s, _ in scalars["reward_model/loss"]] == [1, 2, 3, 4]
+
+
+SAVING = ["--compute.precision", "fp16", "--compute.max_batch", "auto", "--compute.checkpointing", "true", "--compute.host", "true", "--finetune.lora_rank", "2", "--finetune.decisions", "2"]
+
+def test_a_run_that_saves_memory_stops_and_goes_on_exactly(finetuned, tmp_path, capsys):
+    run("finetune", *SMOKE, *SAVING, "--out", tmp_path / "whole")
+    said = re.search(r"compute.max_batch: auto, so (\d+) pictures at once", capsys.readouterr().out)
+    assert yaml.safe_load((tmp_path / "whole/config.yaml").read_text())["compute"]["max_batch"] == int(said[1])
+    with pytest.MonkeyPatch.context() as m:
+        stop_at(m, "epoch", 3)
+        assert cli.main(["finetune", *SMOKE, *SAVING, "--out", str(tmp_path / "stopped")]) == 130
+    state = torch.load(tmp_path / "stopped/checkpoint.pt", weights_only=True)["run"]
+    assert state["scaler"]["scale"] > 0 and any("lora_A" in k for k in state["policy"])
+    run("finetune", "--resume", "--out", tmp_path / "stopped")
+    assert same(tmp_path / "whole/policy.safetensors", tmp_path / "stopped/policy.safetensors")
+    assert history(tmp_path / "whole") == history(tmp_path / "stopped")
+    assert all(r["ratio_error"] < 1e-4 for r in history(tmp_path / "whole"))
+    plain, saved = load_file(finetuned / "policy.safetensors"), load_file(tmp_path / "whole/policy.safetensors")
+    assert plain.keys() == saved.keys()                              # corrections are merged: any program reads it
+    shipped = load_file(Path(cli.__file__).parent / "weights/digits.safetensors")
+    assert not torch.equal(saved["conv_in.weight"], shipped["conv_in.weight"]) and torch.equal(saved["conv_in.bias"], shipped["conv_in.bias"])
 
 
 def test_train_ddpm_stops_and_goes_on_exactly(tmp_path):

@@ -76,7 +76,7 @@ def test_machine_code():
     torch._dynamo.reset()
     torch.manual_seed(0)
     net, x, t = Small(), torch.randn(6, 1, 8, 8, generator=seeded(3)), torch.arange(6)
-    with torch.no_grad(): assert torch.allclose(Engine(copy.deepcopy(net), Compute(compile=True, max_batch=4))(x, t), net(x, t), atol=1e-5)
+    with torch.no_grad(): assert torch.allclose(Engine(copy.deepcopy(net), Compute(compile=True), 4)(x, t), net(x, t), atol=1e-5)
     run = Finetuning(net, Finetune(num_epochs=2, episodes_per_epoch=8, microbatch=4), Compute(compile=True, precision="bf16"))
     recs = list(finetune(run, DDIM(SCHEDULE, 3), lambda x: x.mean((1, 2, 3)), (1, 8, 8)))
     assert max(r["ratio_error"] for r in recs) < 1e-4

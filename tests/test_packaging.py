@@ -46,7 +46,7 @@ def test_metadata(built):
         metadata, entry_points = z.read(info + "METADATA").decode(), z.read(info + "entry_points.txt").decode()
     assert f"Version: {settings['version']}\n" in metadata and ppo_ddpm.__version__ == settings["version"]
     assert "Requires-Python: >=3.10\n" in metadata and "License: MIT" in metadata or "License-Expression: MIT" in metadata
-    assert re.findall(r"Provides-Extra: (\w+)", metadata) == ["dev", "notebooks"]
+    assert re.findall(r"Provides-Extra: (\w+)", metadata) == ["dev", "notebooks", "lora"]
     assert "ppo-ddpm = ppo_ddpm.cli:main" in entry_points and "ppo_ddpm = ppo_ddpm._modidx:d" in entry_points
     relative = [link for link in links(metadata.split("\n\n", 1)[1]) if not re.match(r"[a-z]+:|#", link)]
     none([f"{link} leads nowhere on a package index" for link in relative])
@@ -86,17 +86,26 @@ def test_names_of_the_package():
     with pytest.raises(AttributeError, match="no attribute 'unett'"): ppo_ddpm.unett
 
 
-def undeclared(source, requirements):
-    "Top-level packages that the source imports and no requirement brings."
+def undeclared(source, requirements, extras=""):
+    "Top-level packages that the source imports and no requirement brings; an extra is enough where the source says what to do without."
+    tree = ast.parse(source)
+    kind = lambda h: getattr(h.type, "id", None)
+    optional = {n for t in ast.walk(tree) if isinstance(t, ast.Try) and "ImportError" in map(kind, t.handlers) for n in map(id, t.body)}
+    return sorted(_missing((n for n in ast.walk(tree) if id(n) not in optional), requirements) | _missing((n for n in ast.walk(tree) if id(n) in optional), requirements + " " + extras))
+
+
+def _missing(nodes, requirements):
     names = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes:
         if isinstance(node, ast.Import): names |= {n.name.split(".")[0] for n in node.names}
         if isinstance(node, ast.ImportFrom) and not node.level: names.add(node.module.split(".")[0])
     known = {re.split(r"[<>=!~]", r)[0].lower() for r in requirements.split()}
-    return sorted(n for n in names - set(sys.stdlib_module_names) - {"ppo_ddpm"} if BROUGHT_BY.get(n, n).lower() not in known)
+    return {n for n in names - set(sys.stdlib_module_names) - {"ppo_ddpm"} if BROUGHT_BY.get(n, n).lower() not in known}
 
 
 def test_requirements_bring_all_that_is_imported():
     none([f"{p.name} imports {n}, which settings.ini does not require" for p in sorted((root / "ppo_ddpm").glob("*.py"))
-          for n in undeclared(p.read_text(encoding="utf-8"), settings["requirements"])])
+          for n in undeclared(p.read_text(encoding="utf-8"), settings["requirements"], settings["lora_requirements"])])
+    assert undeclared("try: import peft\nexcept ImportError: pass\ntry: import keft\nexcept ImportError: pass", "", "peft") == ["keft"]
+    assert undeclared("import peft", "", "peft") == ["peft"]
     assert undeclared("import os, yaml\nfrom PIL import Image\ndef f(): import pandas.io", "pyyaml pillow>=10") == ["pandas"]
