@@ -328,6 +328,7 @@ class Finetune:
     eta: float = 1.               # Noise of the sampler, (0, 1]
     spacing: Literal["trailing", "leading", "linspace"] = "trailing" # How the K steps are chosen among T
     power: float = 1.             # Bends that grid: above 1 it is denser towards the picture; at least 0.5, at most 3
+    clip_x0: float | None = None  # Clamp the predicted picture to +- this before each step, above 0; null: no; 1 is what many public checkpoints expect
     clip_eps: float = 0.2         # The probability ratio is clipped to 1 +- this, above 0; log-probs are summed over pixels (nats)
     episodes_per_epoch: int = 256 # Pictures drawn per round, at least 1
     microbatch: int = 64          # Episodes' worth of (episode, step) pairs per optimiser step, at least 1
@@ -346,7 +347,7 @@ class Finetune:
     save: bool = True             # Write the weights into the run folder
     def __post_init__(self):
         if self.eta == 0: raise ValueError("finetune.eta must lie in (0, 1], got 0: a step without noise has no density, so PPO cannot learn; choose 1")
-        _within(self, "finetune", lr="(0, inf)", num_epochs="[1, inf)", ddim_steps="[1, inf)", eta="(0, 1]", power="[0.5, 3]", clip_eps="(0, inf)",
+        _within(self, "finetune", lr="(0, inf)", num_epochs="[1, inf)", ddim_steps="[1, inf)", eta="(0, 1]", power="[0.5, 3]", clip_x0="(0, inf)", clip_eps="(0, inf)",
                 episodes_per_epoch="[1, inf)", microbatch="[1, inf)", decisions="[1, inf)", passes="[1, inf)", grad_clip="(0, inf)", kl="[0, inf)", ema="[0, 1)",
                 gae_lambda="[0, 1]", adv_clip="(0, inf)", refresh_every="[0, inf)", refresh_steps="[1, inf)", ratio_tolerance="[0, inf]", lora_rank="[1, inf)")
 

@@ -90,16 +90,20 @@ class Pretraining:
         if state["scaler"]: self.scaler.load_state_dict(state["scaler"])
 
 # %% ../nbs/04_ddpm.ipynb #aafaf08c
+def _leaves(state, name=""):
+    "(name, value) of all that is in dictionaries and lists."
+    if not isinstance(state, (dict, list, tuple)): yield name, state
+    else:
+        for k, v in state.items() if isinstance(state, dict) else enumerate(state): yield from _leaves(v, f"{name}.{k}".lstrip("."))
+
 def not_finite(
-    state,       # Tensors and numbers in dictionaries and lists
-    name:str="", # What to call it
-)->str|None:     # "policy.conv_in.weight", or None if all is finite
+    state,    # Tensors and numbers in dictionaries and lists
+)->str|None:  # "policy.conv_in.weight", or None if all is finite
     "The name of the first part that holds NaN or infinity."
-    if isinstance(state, (dict, list, tuple)):
-        parts = state.items() if isinstance(state, dict) else enumerate(state)
-        return next(filter(None, (not_finite(v, f"{name}.{k}".lstrip(".")) for k, v in parts)), None)
-    if isinstance(state, Tensor): return None if state.isfinite().all() else name
-    return name if isinstance(state, float) and not math.isfinite(state) else None
+    leaves = [(name, v) for name, v in _leaves(state) if isinstance(v, float) or isinstance(v, Tensor) and v.is_floating_point()]
+    norm = nn.utils.get_total_norm([v for _, v in leaves if isinstance(v, Tensor)])     # one number to wait for, not hundreds
+    if norm.isfinite() and all(math.isfinite(v) for _, v in leaves if isinstance(v, float)): return None
+    return next((name for name, v in leaves if not torch.as_tensor(v).isfinite().all()), None)
 
 def _copy(state):
     "A copy of tensors and numbers in dictionaries and lists; many times faster than `copy.deepcopy`."

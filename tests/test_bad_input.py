@@ -256,6 +256,7 @@ COMMANDS = [
     ("demo --cfg eta.yaml", "finetune.eta must lie in (0, 1], got 1.5"),
     ("finetune --finetune.eta 0", "a step without noise has no density"),
     ("finetune --finetune.decisions 4", "finetune.ddim_steps = 4 has 3"),
+    ("finetune --finetune.clip_x0 0", "finetune.clip_x0 must lie in (0, inf), got 0"),
     ("finetune --finetune.lora_rank 0", "finetune.lora_rank must lie in [1, inf), got 0"),
     ("finetune --compute.precision fp8", "fp8"),
     ("finetune --compute.max_batch 0", "compute.max_batch must lie in [1, inf), got 0"),
