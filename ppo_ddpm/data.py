@@ -6,7 +6,7 @@
 __all__ = ['Pictures', 'quantize', 'load_pictures', 'Splits', 'split', 'minibatches']
 
 # %% ../nbs/03_data.ipynb #7d394090
-import difflib, math, os, warnings
+import difflib, hashlib, math, os, warnings, zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps, __version__ as pillow
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from .core import progress, seeded
+from .core import atomic_write, progress, seeded
 
 # %% ../nbs/03_data.ipynb #9877b333
 @dataclass(repr=False)
@@ -154,7 +156,7 @@ def _read(path, size, channels, crop=None):
 
 # %% ../nbs/03_data.ipynb #5be4a401
 def _decode(paths, names, where, size, channels, crop=None, workers=None):
-    "All readable pictures, uint8 (n, channels, size, size), and the indices of their files; warns once about the others."
+    "All readable pictures, uint8 (n, channels, size, size), the indices of their files, and what is wrong with the others."
     out = np.empty((len(paths), channels, size, size), np.uint8)
     def one(i):
         try: out[i] = _read(paths[i], size, channels, crop)
@@ -168,8 +170,51 @@ def _decode(paths, names, where, size, channels, crop=None, workers=None):
     bad = [f"{names[i]} ({w})" for i, w in enumerate(why) if w is not None]
     said = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
     if not good: raise FileNotFoundError(f"none of the {len(paths)} files in {where} could be read as a picture: {said}; give a folder of pictures")
-    if bad: warnings.warn(f"skipped {len(bad)} of {len(paths)} files in {where}: {said}", stacklevel=4)
-    return torch.from_numpy(out if not bad else out[good]), good
+    return torch.from_numpy(out if not bad else out[good]), good, said
+
+# %% ../nbs/03_data.ipynb #5f3b9b22
+def _place(paths, names, where, size, channels, crop, root):
+    "The file that keeps such a set, and a key that changes with everything its content depends on."
+    def state(p):
+        try: s = os.stat(p)
+        except OSError: return None # a link that leads nowhere
+        return s.st_size, s.st_mtime_ns
+    folder, shape = Path(where).resolve(), f"{size}x{size}x{channels}" + (f"-crop{crop}" if crop else "")
+    key = hashlib.blake2b(repr((1, pillow, Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES, str(folder), shape)).encode(), digest_size=16)
+    for p, n in zip(paths, names): key.update(repr((n, state(p))).encode())
+    name = f"{folder.name[:40]}-{shape}-{hashlib.blake2b(repr(str(folder)).encode(), digest_size=4).hexdigest()}.safetensors"
+    return Path(root).expanduser()/".decoded"/name, key.hexdigest() # hidden, so that no folder source takes it for pictures
+
+def _checksum(x, good, said): return str(zlib.crc32(said.encode(), zlib.crc32(good.numpy(), zlib.crc32(x.numpy()))))
+
+def _kept(file, key):
+    "What `_keep` wrote under this key, mapped into memory; None if there is nothing, or nothing sound."
+    try:
+        with safe_open(file, "pt") as f:
+            about = f.metadata() or {}
+            if about.get("key") != key: return None
+            x, good, said = f.get_tensor("x"), f.get_tensor("good"), about["said"]
+        return (x, good.tolist(), said) if about["sum"] == _checksum(x, good, said) else None
+    except Exception: return None # not there, cut short or damaged
+
+def _keep(file, key, x, good, said):
+    "Write decoded pictures for the next start; warns if that fails."
+    good = torch.tensor(good)
+    try:
+        with atomic_write(file) as tmp: save_file(dict(x=x, good=good), tmp, metadata=dict(key=key, said=said, sum=_checksum(x, good, said)))
+    except Exception as e:
+        why = os.strerror(e.errno).lower() if getattr(e, "errno", None) else _reason(e)
+        warnings.warn(f"the decoded pictures could not be kept in {file.parent} ({why}), so the next start decodes them again; free some space or choose another root", stacklevel=5)
+
+# %% ../nbs/03_data.ipynb #752b9c50
+def _decoded(paths, names, where, size, channels, root, cache, crop=None, workers=None):
+    "`_decode`, by way of a file below `root` where there are more than `cache` files; warns once about files that were skipped."
+    file, key = _place(paths, names, where, size, channels, crop, root) if cache is not None and len(paths) > cache else (None, None)
+    kept = file and _kept(file, key)
+    x, good, said = kept or _decode(paths, names, where, size, channels, crop, workers)
+    if file and not kept: _keep(file, key, x, good, said)
+    if said: warnings.warn(f"skipped {len(paths) - len(good)} of {len(paths)} files in {where}: {said}", stacklevel=4)
+    return x, good
 
 # %% ../nbs/03_data.ipynb #fac9aa63
 def _files(folder):
@@ -184,7 +229,7 @@ def _files(folder):
     return sorted(out, key=lambda p: p.relative_to(folder).as_posix())
 
 # %% ../nbs/03_data.ipynb #44376e32
-def _folder(folder, size, channels, workers=None, **_):
+def _folder(folder, size, channels, root, cache, workers):
     "Pictures of a folder; where all lie one folder deep, in two or more folders, these are the classes."
     folder = Path(folder).expanduser()
     if not folder.exists():
@@ -195,18 +240,18 @@ def _folder(folder, size, channels, workers=None, **_):
     paths = _files(folder)
     if not paths: raise FileNotFoundError(f"there is no picture in the folder {folder}; give a folder that has some")
     rel = [p.relative_to(folder) for p in paths]
-    x, good = _decode(paths, [r.as_posix() for r in rel], folder, size, channels, workers=workers)
+    x, good = _decoded(paths, [r.as_posix() for r in rel], folder, size, channels, root, cache, workers=workers)
     parts = [rel[i].parts for i in good]
     classes = tuple(sorted({p[0] for p in parts}))
     if {len(p) for p in parts} != {2} or len(classes) < 2: return Pictures(x, name=folder.name)
     return Pictures(x, torch.tensor([classes.index(p[0]) for p in parts]), 256, folder.name, classes)
 
 # %% ../nbs/03_data.ipynb #2da7e661
-def _celeba(size, channels, root, download, workers=None, **_):
+def _celeba(size, channels, root, download, cache, workers):
     "CelebA: the central 140 x 140 of each 178 x 218 picture, which is the face, resized."
     ds = _torchvision("CelebA", root, download)
-    base = Path(root)/"celeba"/"img_align_celeba"
-    x, _ = _decode([base/n for n in ds.filename], ds.filename, base, size, channels, 140, workers)
+    base = Path(ds.root)/"celeba"/"img_align_celeba"
+    x, _ = _decoded([base/n for n in ds.filename], list(ds.filename), base, size, channels, root, cache, 140, workers)
     return Pictures(x, None, 256, "CelebA")
 
 _known = {"digits": _digits, "FashionMNIST": lambda **k: _small_set("FashionMNIST", **k), "CIFAR10": lambda **k: _small_set("CIFAR10", **k), "CelebA": _celeba}
@@ -216,17 +261,19 @@ def load_pictures(
     source,             # "digits", "FashionMNIST", "CIFAR10", "CelebA", or a folder of pictures, flat or nested
     size:int=8,         # Height and width to bring them to, at least 1
     channels:int=1,     # 1 (grey) or 3 (red, green, blue)
-    root="data",        # Folder where torchvision keeps its sets
+    root="data",        # Folder where torchvision keeps its sets, and where decoded pictures are kept
     download:bool=True, # Fetch a torchvision set that is not in `root`?
     workers:int=None,   # Threads that decode files (default: one per core, at most 8)
+    cache:int|None=2000,# Keep the decoded pictures of more files than this in `root`/.decoded for the next time; None: never
 )->Pictures:
     "Pictures of a known set or a folder, brought to one size; FileNotFoundError if there are none, RuntimeError if a download fails."
     if isinstance(size, bool) or not isinstance(size, int) or size < 1: raise ValueError(f"size must be a whole number of pixels, at least 1, got {size!r}; correct it")
     if channels not in (1, 3): raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels!r}; choose one of them")
-    if isinstance(source, str) and source in _known: return _known[source](size=size, channels=channels, root=root, download=download, workers=workers)
+    if cache is not None and (isinstance(cache, bool) or not isinstance(cache, int) or cache < 0): raise ValueError(f"cache must be a number of files, at least 0, or None, got {cache!r}; correct it")
+    if isinstance(source, str) and source in _known: return _known[source](size=size, channels=channels, root=root, download=download, workers=workers, cache=cache)
     if not isinstance(source, (str, os.PathLike)) or not str(source):
         raise TypeError(f"pictures come from a folder or one of {', '.join(_known)}, got {source!r}; give its name")
-    return _folder(source, size, channels, workers)
+    return _folder(source, size, channels, root, cache, workers)
 
 # %% ../nbs/03_data.ipynb #bb8a3a03
 class Splits(NamedTuple):

@@ -245,7 +245,7 @@ COMMANDS = [
     ("demo --cfg", "--cfg: expected one argument"),
     ("demo --seed -1", "seed must lie in [0, 4294967295], got -1"),
     # settings
-    ("demo --cfg digit", "no configuration digit: it is neither a file nor one of default, digits, smoke; did you mean 'digits'?"),
+    ("demo --cfg digit", "no configuration digit: it is neither a file nor one of cifar10, default, digits, faces, fashion, smoke; did you mean 'digits'?"),
     ("demo --cfg missing.yaml", "no configuration missing.yaml"),
     ("demo --cfg key.yaml", "unknown key 'finetune.episode_per_epoch' in key.yaml; did you mean 'finetune.episodes_per_epoch'?"),
     ("demo --cfg type.yaml", "finetune.num_epochs in type.yaml must be a whole number, got 'many'"),
