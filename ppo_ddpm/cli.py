@@ -36,7 +36,7 @@ from .unet import Engine, fitting_batch, load_weights, open_unet, save_weights
 @dataclass(frozen=True)
 class Options:
     "Settings come from --cfg; every one of them can be changed by its own option, such as --finetune.lr 1e-5."
-    cfg: str = "digits"     # Settings to start from: default, digits, smoke, or a YAML file
+    cfg: str = "digits"     # Settings to start from: cifar10, default, digits, faces, fashion, smoke, or a YAML file
     out: str | None = None  # Folder of the run; null: runs/<command>
     resume: bool = False    # Go on with the run in that folder, with its settings
     overwrite: bool = False # Replace the run in that folder
