@@ -130,12 +130,16 @@ def test_finetune_stops_and_goes_on_exactly(finetuned, tmp_path, capsys):
     assert [s for s, _ in scalars["reward"]] == [1, 2, 3] and [s for s, _ in scalars["reward_model/loss"]] == [1, 2, 3, 4]
 
 
-SAVING = ["--compute.precision", "fp16", "--compute.max_batch", "auto", "--compute.checkpointing", "true", "--compute.host", "true", "--finetune.lora_rank", "2", "--finetune.decisions", "2"]
+SAVING = ["--compute.precision", "fp16", "--compute.max_batch", "16", "--compute.checkpointing", "true", "--compute.host", "true", "--finetune.lora_rank", "2", "--finetune.decisions", "2"]
 
-def test_a_run_that_saves_memory_stops_and_goes_on_exactly(finetuned, tmp_path, capsys):
-    run("finetune", *SMOKE, *SAVING, "--out", tmp_path / "whole")
+def test_pictures_at_once_follow_free_memory(tmp_path, capsys):
+    run("evaluate", "--cfg", "smoke", "--evaluate.full_steps", 4, "--compute.max_batch", "auto", "--out", tmp_path / "run")
     said = re.search(r"compute.max_batch: auto, so (\d+) pictures at once", capsys.readouterr().out)
-    assert yaml.safe_load((tmp_path / "whole/config.yaml").read_text())["compute"]["max_batch"] == int(said[1])
+    assert load_config(tmp_path / "run/config.yaml").compute.max_batch == int(said[1]) > 1
+
+
+def test_a_run_that_saves_memory_stops_and_goes_on_exactly(finetuned, tmp_path):
+    run("finetune", *SMOKE, *SAVING, "--out", tmp_path / "whole")
     with pytest.MonkeyPatch.context() as m:
         stop_at(m, "epoch", 3)
         assert cli.main(["finetune", *SMOKE, *SAVING, "--out", str(tmp_path / "stopped")]) == 130

@@ -103,11 +103,13 @@ def start(argv): return subprocess.Popen([sys.executable, "-c", PROGRAM, *argv],
 
 
 def wait_for_checkpoints(process, out, n):
-    "Until the `n`-th temporary file of a checkpoint is seen."
-    old = seen = set(out.glob(".checkpoint.*.tmp.pt"))
-    while process.poll() is None and len(seen - old) < n:
-        seen = seen | set(out.glob(".checkpoint.*.tmp.pt"))
-        time.sleep(.0005)
+    "Until `n - 1` new checkpoints are seen, and then the temporary file of another."
+    def version(): return [p.stat().st_mtime_ns for p in out.glob("checkpoint.pt")]
+    old, seen, left = version(), [], set(out.glob(".checkpoint.*.tmp.pt"))
+    while process.poll() is None and len(seen) < n - 1:
+        if (now := version()) and now != old and now not in seen: seen.append(now)
+        time.sleep(.001)
+    while process.poll() is None and not set(out.glob(".checkpoint.*.tmp.pt")) - left: time.sleep(.0005)
 
 
 def kill(argv, out, when, rng, first=0):
