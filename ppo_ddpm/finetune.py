@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from .core import Compute, Finetune, seeded
-from .data import Splits
+from .data import Splits, quantize
 from .ddpm import EMA, grad_scaler, whole_rounds
-from .evaluate import Judge, evaluate
+from .evaluate import Judge, frechet_distance
 from .ppo import control_variate, ppo_update, share, whiten
 from .reward import checked
 from .sampling import DDIM, denoise, predict_x0, rollout
@@ -182,13 +182,15 @@ def watcher(
     seed:int=0,     # Seed of the noise, the same at every call
 )->Callable:        # watch(model or engine) -> dict(fd, samples, denoising: some predicted x0 on the way, (S, 6, C, H, W), denoising_t: their timesteps)
     "Make a function that draws from fixed noise and measures the distance to the judge split."
-    shown = sorted({round(k) for k in torch.linspace(0, ddim.n_steps - 1, min(5, ddim.n_steps)).tolist()})
+    shown, levels = sorted({round(k) for k in torch.linspace(0, ddim.n_steps - 1, min(5, ddim.n_steps)).tolist()}), splits.judge.levels
+    describe = lambda x: judge.features(quantize(x, levels).to(judge.device))
+    real = describe(splits.judge.unit())                                       # once, not at every look
     def watch(model):
         device, way = next(model.parameters()).device, []
         g = seeded(seed, "watch", device=device)
         for step in denoise(model, ddim, torch.randn(n, *splits.judge.x.shape[1:], generator=g, device=device), g):
             if step.k in shown: way.append(predict_x0(ddim, step.k, step.x[:6], step.eps[:6]))
-        return dict(fd=evaluate(judge, step.x_next, splits, "judge", auc=False)["fd"], samples=step.x_next[:n_show].cpu(),
+        return dict(fd=frechet_distance(describe(step.x_next), real), samples=step.x_next[:n_show].cpu(),
                     denoising=torch.stack(way).cpu(), denoising_t=[int(ddim.t[k]) for k in shown])
     return watch
 
