@@ -3,6 +3,7 @@
     python tools/nb.py nbs/05_sampling.ipynb ...    export, execute in place, clean
     python tools/nb.py --py /tmp/05_sampling.py     the same, after turning this py:percent file into nbs/05_sampling.ipynb
     python tools/nb.py --no-run nbs/*.ipynb         export and clean only
+    python tools/nb.py --export                     every module from its notebook
     python tools/nb.py --readme                     README.md from nbs/index.ipynb
 """
 import argparse, base64, os, posixpath, re, subprocess, sys, time
@@ -44,8 +45,14 @@ def from_percent(py):
     return notebook
 
 
-def export():
-    "nbdev_export, in a process of its own because nbdev finds its settings from the working directory."
+def export(*notebooks):
+    "Export these notebooks; in a process of its own because nbdev finds its settings from the working directory."
+    code = "import sys\nfrom nbdev.export import nb_export\nfor path in sys.argv[1:]: nb_export(path, 'ppo_ddpm')"
+    subprocess.run([sys.executable, "-c", code, *map(str, notebooks)], cwd=root, check=True)
+
+
+def export_all():
+    "nbdev_export: every module, and the index of names."
     subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"], cwd=root, check=True)
 
 
@@ -132,14 +139,16 @@ def main():
     parser.add_argument("notebooks", nargs="*", type=Path)
     parser.add_argument("--py", nargs="+", default=[], metavar="FILE", help="py:percent files to turn into notebooks first")
     parser.add_argument("--no-run", action="store_true", help="do not execute")
+    parser.add_argument("--export", action="store_true", help="export every notebook")
     parser.add_argument("--readme", action="store_true", help="write README.md")
     args = parser.parse_args()
-    if not (args.notebooks or args.py or args.readme): parser.error("nothing to do: give notebooks, --py FILE or --readme")
+    if not (args.notebooks or args.py or args.readme or args.export): parser.error("nothing to do: give notebooks, --py FILE, --export or --readme")
     for path in [*args.notebooks, *map(Path, args.py)]:
         if not path.is_file(): parser.error(f"{path}: there is no such file")
     quiet_environment()
     notebooks = [*(p.resolve() for p in args.notebooks), *map(from_percent, args.py)]
-    if notebooks: export()
+    if notebooks: export(*notebooks)
+    if args.export: export_all()
     for notebook in notebooks:
         start = time.time()
         if not args.no_run:
