@@ -1,13 +1,13 @@
-"""What can drift apart: notebooks and modules, notebooks and their outputs, README and index, pages and the links between them.
+"""What can drift apart: notebooks and modules, notebooks and their outputs, README and index, files and the links between them.
 
 Each checker is a function of what it checks and returns a list of faults, so that it can be shown a planted fault as well."""
-import ast, configparser, functools, json, os, re, shutil, statistics, subprocess, sys
+import ast, configparser, functools, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 from urllib.parse import unquote
 
 import nb as nb_tool
 import pytest
-import yaml
+from check_pages import links
 
 root = Path(__file__).resolve().parents[1]
 notebooks = sorted((root / "nbs").glob("*.ipynb"))
@@ -16,7 +16,7 @@ settings.read(root / "settings.ini", encoding="utf-8")
 settings = settings["DEFAULT"]
 repo_url = settings["git_url"]
 
-MAX_LINES, MAX_CLASS_LINES, MEDIAN_LINES, MAX_BYTES = 30, 40, 8, 1_500_000
+MAX_BYTES = 1_500_000      # of a notebook
 each_notebook = pytest.mark.parametrize("path", notebooks, ids=lambda p: p.stem)
 
 
@@ -58,36 +58,44 @@ def run_python(code, cwd, **env):
 
 def copy_project(to):
     "What nbdev needs to work on, apart from this checkout."
-    shutil.copytree(root / "nbs", to / "nbs", symlinks=True, ignore=shutil.ignore_patterns("data", "runs", ".*", "sidebar.yml", "nbdev.yml"))
-    (to / "ppo_ddpm").mkdir()
-    shutil.copy(root / "ppo_ddpm/__init__.py", to / "ppo_ddpm")
+    shutil.copytree(root / "nbs", to / "nbs", symlinks=True, ignore=shutil.ignore_patterns("data", "runs", ".*", "nbdev.yml"))
+    for path in sources(root / "ppo_ddpm"):
+        if path.stem not in ("__init__", "__main__"): continue
+        (to / path.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, to / path.relative_to(root))
     for name in ("settings.ini", "_quarto.yml"): shutil.copy(root / name, to)
     return to
+
+
+def sources(folder): return sorted(p for p in folder.rglob("*.py") if "__pycache__" not in p.parts)
 
 
 # --- modules and notebooks -------------------------------------------------------------------------------------------------
 def differences(made, kept):
     "Faults where the Python files of two folders differ; `__main__.py` is written by hand."
-    names = sorted({p.name for folder in (made, kept) for p in folder.glob("*.py")} - {"__main__.py"})
-    text = lambda folder, name: (folder / name).read_text(encoding="utf-8") if (folder / name).exists() else None
-    why = lambda name: "is exported by no notebook" if text(made, name) is None else "is missing" if text(kept, name) is None else "differs from its notebook"
-    return [f"ppo_ddpm/{name} {why(name)}: edit the notebook, then nbdev_export" for name in names if text(made, name) != text(kept, name)]
+    texts = [{p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8") for p in sources(folder)} for folder in (made, kept)]
+    why = lambda name: "is exported by no notebook" if name not in texts[0] else "is missing" if name not in texts[1] else "differs from its notebook"
+    return [f"ppo_ddpm/{name} {why(name)}: edit the notebook, then nbdev_export"
+            for name in sorted({*texts[0], *texts[1]}) if name != "__main__.py" and texts[0].get(name) != texts[1].get(name)]
 
 
 def test_modules_are_what_the_notebooks_export(tmp_path):
     copy = copy_project(tmp_path)
     run_python("from nbdev.doclinks import nbdev_export; nbdev_export()", copy)
     none(differences(copy / "ppo_ddpm", root / "ppo_ddpm"))
-    # planted: a line edited in the module, a module too many, a module too few
-    shutil.copytree(root / "ppo_ddpm", tmp_path / "planted")
-    exported = sorted(p for p in (tmp_path / "planted").glob("*.py") if not p.name.startswith("_"))
-    exported[0].write_text(exported[0].read_text() + "# edited\n")
-    (tmp_path / "planted/orphan.py").write_text("")
-    assert [f.split(":")[0] for f in differences(copy / "ppo_ddpm", tmp_path / "planted")] == [
-        f"ppo_ddpm/{exported[0].name} differs from its notebook", "ppo_ddpm/orphan.py is exported by no notebook"]
-    (tmp_path / "planted/orphan.py").unlink()
-    exported[0].unlink()
-    assert f"{exported[0].name} is missing" in differences(copy / "ppo_ddpm", tmp_path / "planted")[0]
+
+
+def test_planted_difference(tmp_path):
+    "A line edited in a module, a module too many, a module too few, at any depth."
+    for folder in ("made", "kept"):
+        (tmp_path / folder / "engine").mkdir(parents=True)
+        for name in ("data.py", "engine/board.py", "ppo.py", "__main__.py"): (tmp_path / folder / name).write_text("x = 1\n")
+    assert differences(tmp_path / "made", tmp_path / "kept") == []
+    (tmp_path / "kept/engine/board.py").write_text("x = 2\n")
+    (tmp_path / "kept/orphan.py").write_text("")
+    (tmp_path / "kept/ppo.py").unlink()
+    assert [f.split(":")[0] for f in differences(tmp_path / "made", tmp_path / "kept")] == [
+        "ppo_ddpm/engine/board.py differs from its notebook", "ppo_ddpm/orphan.py is exported by no notebook", "ppo_ddpm/ppo.py is missing"]
 
 
 def test_export_keeps_what_is_written_by_hand_in_init(tmp_path):
@@ -99,49 +107,65 @@ def test_export_keeps_what_is_written_by_hand_in_init(tmp_path):
     assert not (copy / "pyproject.toml").exists()
 
 
+EXPORT = re.compile(r"^#\s*\|\s*(?:default_exp|exports?|exporti)[ \t]+([\w.]+)", re.M)
+
+
 def module_numbers(paths):
-    "{module: number of the notebook that exports it}"
+    "{module: number of the first notebook that exports to it}; a notebook may name a second module behind `#| exports`."
     numbers = {}
     for path in paths:
-        for _, source, _ in cells(read(path), "code"):
-            name = nb_tool.directives(source)[0].get("default_exp")
-            if name: numbers[name] = int(re.match(r"\d+", path.stem)[0])
+        for name in EXPORT.findall("\n".join(s for _, s, _ in cells(read(path), "code"))): numbers.setdefault(name, int(re.match(r"\d+", path.stem)[0]))
     return numbers
 
 
-def imported_modules(source):
-    "Modules of this package that the source imports, at any depth; a name taken from the package itself counts as ''."
+def imported_modules(name, source, modules):
+    "Modules of this package that module `name` imports, at any depth; '' where it takes something from the package itself."
+    folder = name.split(".")[:-1]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            for name in node.names:
-                if name.name.split(".")[0] == "ppo_ddpm": yield name.name.partition(".")[2]
+            for alias in node.names:
+                if alias.name.split(".")[0] == "ppo_ddpm": yield alias.name.partition(".")[2]
         elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "ppo_ddpm"):
-            module = node.module or "" if node.level else node.module.partition(".")[2]
-            yield from [module] if module else [n.name for n in node.names]
+            above = folder[:len(folder) - node.level + 1] if node.level else (node.module.split(".")[1:])
+            module = ".".join([*above, *filter(None, [node.module if node.level else ""])])
+            if module in modules: yield module
+            else: yield from (".".join(filter(None, [module, alias.name])) for alias in node.names if alias.name != "__version__")
 
 
 def import_faults(name, source, numbers):
     if name not in numbers: return [f"{name} is exported by no notebook"]
     faults = []
-    for other in imported_modules(source):
-        if other == "__version__": continue
+    for other in imported_modules(name, source, numbers):
         if other not in numbers: faults.append(f"{name} imports {other or 'ppo_ddpm'!r} from the package: import from the module that defines it")
-        elif numbers[other] >= numbers[name]: faults.append(f"{name} ({numbers[name]:02d}) imports {other} ({numbers[other]:02d}), which is not lower")
+        elif numbers[other] > numbers[name] or other == name: faults.append(f"{name} ({numbers[name]:02d}) imports {other} ({numbers[other]:02d}), which is not lower")
     return faults
+
+
+def modules():
+    "{name: path} of the exported modules: `engine.board` for ppo_ddpm/engine/board.py."
+    paths = [p for p in sources(root / "ppo_ddpm") if not p.stem.startswith("_")]
+    return {".".join(p.relative_to(root / "ppo_ddpm").with_suffix("").parts): p for p in paths}
 
 
 def test_a_module_imports_only_lower_numbered_ones():
     numbers = module_numbers(notebooks)
-    modules = [p for p in sorted((root / "ppo_ddpm").glob("*.py")) if not p.stem.startswith("_")]
-    assert modules
-    none([f for p in modules for f in import_faults(p.stem, p.read_text(encoding="utf-8"), numbers)])
+    assert modules()
+    none([f for name, path in modules().items() for f in import_faults(name, path.read_text(encoding="utf-8"), numbers)])
+
+
+NUMBERS = {"data": 1, "schedule": 2, "layers": 3, "unet": 3, "engine.settings": 10, "engine.board": 13}
 
 
 @pytest.mark.parametrize("line", ["from .unet import UNet", "from ppo_ddpm.unet import UNet", "import ppo_ddpm.unet", "from . import unet",
-    "from ppo_ddpm import UNet", "import ppo_ddpm", "def f():\n    from .unet import UNet", "from .schedule import x"])
-def test_planted_import(line):
-    assert import_faults("schedule", line, dict(core=0, schedule=1, unet=2))
-    assert not import_faults("unet", "from .core import seeded\nimport torch\nfrom ppo_ddpm import __version__", dict(core=0, schedule=1, unet=2))
+    "from ppo_ddpm import UNet", "import ppo_ddpm", "def f():\n    from .unet import UNet", "from .schedule import x", "from .engine.board import x",
+    "from .engine import board", "from ppo_ddpm.engine import board", "import ppo_ddpm.engine.board"])
+def test_planted_import(line): assert len(import_faults("schedule", line, NUMBERS)) == 1
+
+
+def test_imports_that_are_no_fault():
+    assert import_faults("unet", "from .data import seeded\nimport torch\nfrom .layers import Norm\nfrom ppo_ddpm import __version__", NUMBERS) == []
+    assert import_faults("engine.board", "from ..unet import UNet\nfrom .settings import S\nfrom . import settings\nfrom ppo_ddpm.engine import settings", NUMBERS) == []
+    assert len(import_faults("engine.settings", "from .board import x\nfrom ..engine.board import x\nfrom .. import x", NUMBERS)) == 3
 
 
 # --- stored notebooks ------------------------------------------------------------------------------------------------------
@@ -199,11 +223,10 @@ def test_outputs_that_are_no_fault():
 
 
 def first_cell_faults(nb, name):
-    "Title with its one-line answer, Colab badge of this very notebook, first code cell that installs only inside Colab."
-    markdown, code = "\n".join(s for _, s, _ in cells(nb)[:3]), [s for _, s, _ in cells(nb, "code")]
+    "Colab badge of this very notebook, first code cell that installs only inside Colab."
+    markdown, code = "\n".join(s for _, s, _ in cells(nb)[:3]), [s for _, s, _ in cells(nb, "code") if nb_tool.directives(s)[1]]
     badge = f"https://colab.research.google.com/github/{settings['user']}/{settings['repo']}/blob/{settings['branch']}/nbs/{name}.ipynb"
     faults = []
-    if not re.match(r"# .+\n+> .+", cells(nb)[0][1]): faults.append("the first cell is not '# Title' and '> answer in one line'")
     if f"]({badge})" not in markdown: faults.append(f"no Colab badge in the first cells that points to {badge}")
     if not code or not nb_tool.is_install_cell(code[0]) or f"git+{repo_url}" not in code[0]: faults.append("the first code cell does not install inside Colab")
     return faults
@@ -216,46 +239,16 @@ def test_first_cells(path): none(first_cell_faults(read(path), path.stem))
 def test_planted_first_cells():
     badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/ppo-ddpm/ppo_ddpm/blob/main/nbs/01_a.ipynb)"
     install = ('if "google.colab" in sys.modules:\n    get_ipython().system("pip install git+https://github.com/ppo-ddpm/ppo_ddpm")',)
-    assert first_cell_faults(notebook("# A\n\n> b", badge, install), "01_a") == []
+    assert first_cell_faults(notebook("# A\n\n> b", badge, ("#| default_exp a",), install), "01_a") == []
     assert len(first_cell_faults(notebook("# A\n\n> b", badge, install), "02_b")) == 1
-    assert len(first_cell_faults(notebook("# A", badge, ("import sys",)), "01_a")) == 2
-
-
-def code_lines(source):
-    "Lines that hold code: no blank lines, comments or directives, and none of a signature's or docstring's."
-    counted = {i for i, line in enumerate(source.splitlines(), 1) if line.strip() and not line.strip().startswith(("#", "%", "!"))}
-    try: tree = ast.parse(source)
-    except SyntaxError: return len(counted)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): counted -= set(range(node.lineno + 1, node.body[0].lineno))
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and ast.get_docstring(node):
-            counted -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return len(counted)
-
-
-def length_faults(nb):
-    lines = [code_lines(s) for _, s, _ in cells(nb, "code")]
-    holds_class = [bool(re.search(r"^class ", s, re.M)) for _, s, _ in cells(nb, "code")]
-    faults = [f"code cell {i} has {n} lines of code: split it" for i, (n, c) in enumerate(zip(lines, holds_class)) if n > (MAX_CLASS_LINES if c else MAX_LINES)]
-    if lines and statistics.median(lines) > MEDIAN_LINES: faults.append(f"the median code cell has {statistics.median(lines):g} lines, more than {MEDIAN_LINES}")
-    return faults
+    assert len(first_cell_faults(notebook("# A", badge, ("import sys",)), "01_a")) == 1
 
 
 @each_notebook
-def test_cells_are_short(path):
-    none(length_faults(read(path)))
-    assert path.stat().st_size <= MAX_BYTES, f"{path.stat().st_size / 1e6:.1f} MB"
+def test_size(path): assert path.stat().st_size <= MAX_BYTES, f"{path.stat().st_size / 1e6:.1f} MB"
 
 
-def test_planted_length():
-    long, short = ("x = 1\n" * (MAX_LINES + 1),), ("x = 1",)
-    assert length_faults(notebook(short, short, long)) == [f"code cell 2 has {MAX_LINES + 1} lines of code: split it"]
-    assert len(length_faults(notebook(long))) == 2
-    assert length_faults(notebook(("class A:\n" + "    x = 1\n" * 30,), short, short)) == []
-    assert code_lines('#| export\ndef f(\n    a, # one\n    b, # two\n):\n    "Doc"\n    # why\n    return a\n') == 2
-
-
-# --- README, pages and links -----------------------------------------------------------------------------------------------
+# --- README, files and links -----------------------------------------------------------------------------------------------
 def readme_faults(text, pictures, folder):
     "Where README.md and the pictures made for it are not what tools/nb.py --readme writes."
     readme, shown = folder / "README.md", {p.relative_to(folder).as_posix() for p in (folder / "nbs/images").glob("readme-*")}
@@ -289,12 +282,6 @@ def test_readme_of_an_index(tmp_path):
     assert pictures == {"nbs/images/readme-1.png": b"ABC"}
 
 
-def links(markdown):
-    "Targets of links and pictures outside code."
-    prose = re.sub(r"^```.*?^```|`[^`\n]+`", "", markdown, flags=re.M | re.S)
-    return re.findall(r"\]\(([^)\s]+)", prose) + re.findall(r"\b(?:src|href)=\"([^\"]+)", prose) + re.findall(r"^\[[^\]]+\]:\s*(\S+)", prose, re.M)
-
-
 def link_faults(markdown, folder):
     "Relative links, and links into this repository on GitHub or Colab, that lead to no file."
     faults = []
@@ -320,43 +307,3 @@ def test_links(path):
 def test_planted_link(markdown):
     assert len(link_faults(markdown, root)) == 1
     assert link_faults("[a](LICENSE) [b](https://a.org/x) [c](#d) `[e](f)`\n```\n[g](h)\n```\n[i](tests/test_drift.py#L1)", root) == []
-
-
-def test_quarto_settings():
-    quarto = yaml.safe_load((root / "_quarto.yml").read_text())
-    assert (root / "nbs/_quarto.yml").resolve() == root / "_quarto.yml"
-    assert quarto["project"]["output-dir"] == settings["doc_path"] and quarto["metadata-files"] == ["nbdev.yml", "sidebar.yml"]
-    site = quarto["website"]
-    assert (site["title"], site["repo-url"], site["repo-branch"]) == (settings["title"], repo_url, settings["branch"])
-    assert site["site-url"] == settings["doc_host"] + settings["doc_baseurl"]
-    assert (root / "nbs" / quarto["format"]["html"]["css"]).exists()
-    assert "custom_quarto_yml" not in settings, "nbdev deletes nbs/_quarto.yml where this is set"
-
-
-PAGES = """
-from nbdev.quarto import refresh_quarto_yml, nbdev_sidebar
-from nbdev.serve import proc_nbs
-if __name__ == "__main__":
-    refresh_quarto_yml(); nbdev_sidebar.__wrapped__(); proc_nbs(n_workers=1)
-"""
-
-
-def test_site(tmp_path):
-    "All that nbdev_docs does before it calls Quarto; then every page it would render becomes HTML."
-    import nbformat
-    from nbconvert import HTMLExporter
-    copy = copy_project(tmp_path)
-    shutil.copytree(root / "ppo_ddpm", copy / "ppo_ddpm", dirs_exist_ok=True)
-    (copy / "pages.py").write_text(PAGES)
-    run_python("import runpy; runpy.run_path('pages.py', run_name='__main__')", copy, PYTHONPATH=str(copy))
-    for name in ("nbdev.yml", "sidebar.yml", "_quarto.yml"): assert yaml.safe_load((copy / "nbs" / name).read_text())
-    sidebar = yaml.safe_load((copy / "nbs/sidebar.yml").read_text())["website"]["sidebar"]["contents"]
-    assert sidebar == sorted((p.name for p in notebooks), key=lambda name: (name != "index.ipynb", name))
-    for name in sidebar:
-        page = json.loads((copy / "_proc" / name).read_text(encoding="utf-8"))
-        for cell in page["cells"]: cell.pop("has_sd", None)   # nbdev's own mark
-        front = yaml.safe_load("".join(page["cells"][0]["source"]).strip("-\n"))
-        assert front["title"] and front["description"], f"{name} needs '# Title' and '> answer in one line'"
-        none([f"{name}: {f}" for f in stored_faults(page) if "is stored (" in f])
-        html, _ = HTMLExporter().from_notebook_node(nbformat.reads(json.dumps(page), 4))
-        assert len(html) > 10_000
