@@ -53,7 +53,7 @@ setup(
     ],
     python_requires=f">={cfg['min_python']}",
     packages=find_namespace_packages(include=["ppo_ddpm", "ppo_ddpm.*"], exclude=["*.__pycache__", "*.__pycache__.*"]),
-    package_data={"ppo_ddpm.configs": ["*.yaml"], "ppo_ddpm.weights": ["*.safetensors", "*.json", "*.md"]},
+    package_data={"ppo_ddpm.configs": ["*.yaml"], "ppo_ddpm.templates": ["*.html", "*.md"], "ppo_ddpm.weights": ["*.safetensors", "*.json", "*.md"]},
     install_requires=cfg["requirements"].split(),
     extras_require={extra: cfg[f"{extra}_requirements"].split() for extra in ("dev", "notebooks", "lora")},
     entry_points={

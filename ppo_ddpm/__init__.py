@@ -3,20 +3,28 @@ __version__ = "0.1.0"
 
 from importlib import import_module
 
-# name -> module that defines it
-_home = dict(
-    seeded="core", set_seed="core", pick_device="core", Config="core", load_config="core", save_config="core", config_names="core",
-    show_grid="core", save_grid="core", save_gif="core", Board="core", Compute="core",
-    NoiseSchedule="schedule",
-    UNet="unet", Engine="unet", save_weights="unet", load_weights="unet",
-    Pictures="data", load_pictures="data", split="data",
-    train_ddpm="ddpm", pretrained="ddpm",
-    DDIM="sampling", sample="sampling", rollout="sampling",
-    RewardModel="reward", RealFake="reward",
-    ppo_loss="ppo", ppo_update="ppo",
-    train_judge="evaluate", frechet_distance="evaluate",
-)
-_modules = ("core", "schedule", "unet", "data", "ddpm", "sampling", "reward", "ppo", "evaluate", "finetune", "cli")
+# module -> names that it lends to the package
+_names = {
+    "data": "seeded Pictures digits quantize split show_grid",
+    "schedule": "NoiseSchedule",
+    "unet": "UNet",
+    "ddpm": "train_ddpm pretrained",
+    "sampling": "DDIM sample rollout",
+    "realfake": "RealFake",
+    "reward": "RewardModel",
+    "ppo": "ppo_loss ppo_update",
+    "judge": "train_judge",
+    "evaluate": "frechet_distance",
+    "engine.settings": "set_seed pick_device Config Compute",
+    "engine.options": "load_config save_config config_names",
+    "engine.pictures": "load_pictures",
+    "engine.weights": "save_weights load_weights load_unet",
+    "engine.board": "Board save_grid save_gif",
+    "engine.fast": "Engine",
+    "engine.hub": "from_diffusers to_diffusers",
+}
+_home = {name: module for module, names in _names.items() for name in names.split()}
+_modules = ("layers", "kinds", "finetune", "engine", *(m for m in _names if "." not in m))
 __all__ = [*_home, *_modules]
 
 
