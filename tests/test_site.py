@@ -159,10 +159,10 @@ def page_of(*sources, outputs=()): return notebook("---\ntitle: T\n---\n", *sour
 
 
 def test_mend_numbers_links_and_gifs():
-    page = page_of("[a](../LICENSE) [b](05_x.ipynb)", ('import sys\nif "google.colab" in sys.modules: 1',), ('#| fig-alt: "a"\nshow()',), outputs=[picture("image/gif")])
+    page = page_of("[a](../LICENSE) [b](05_x.ipynb) [c](%s/unet.html#unet.to)" % pages.settings()["site"], ('import sys\nif "google.colab" in sys.modules: 1',), ('#| fig-alt: "a"\nshow()',), outputs=[picture("image/gif")])
     front, prose, show = pages.mend(page, "03_unet")["cells"]
     assert "title: 03. T\n" in front["source"] and "title: T\n" in pages.mend(page_of(), "index")["cells"][0]["source"]
-    assert prose["source"] == f"[a]({repo_url}/blob/main/LICENSE) [b](05_x.ipynb)"
+    assert prose["source"] == f"[a]({repo_url}/blob/main/LICENSE) [b](05_x.ipynb) [c]({pages.settings()['site']}/unet.html#unet)"
     assert show["outputs"][0]["data"]["text/html"] == '<img src="data:image/gif;base64,QUJD" alt="a">' and "image/gif" not in show["outputs"][0]["data"]
 
 

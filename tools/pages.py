@@ -59,13 +59,18 @@ def mend(page, name):
     for cell in page["cells"]:
         cell.pop("has_sd", None)        # nbdev's own mark
         source = cell["source"] = text(cell["source"])
-        if cell["cell_type"] == "markdown": cell["source"] = re.sub(r'(\]\(|(?:src|href)=")\.\./', rf"\1{repository}", source)
+        if cell["cell_type"] == "markdown": cell["source"] = to_class(re.sub(r'(\]\(|(?:src|href)=")\.\./', rf"\1{repository}", source))
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            if "text/markdown" in data: data["text/markdown"] = unlink_code(text(data["text/markdown"]))
+            if "text/markdown" in data: data["text/markdown"] = to_class(unlink_code(text(data["text/markdown"])))
             if "image/gif" in data: data["text/html"] = gif(data.pop("image/gif"), directives(source).get("fig-alt", ""))
     page["cells"] = beside_code([cell for cell in page["cells"] if '"google.colab" in sys.modules' not in cell["source"]])
     return page
+
+
+def to_class(markdown):
+    "Links to a method lead to its class, which has a heading on its page."
+    return re.sub(rf"(\({settings()['site']}/\w+\.html#\w+)\.[\w.]+\)", r"\1)", markdown)
 
 
 def unlink_code(markdown):
