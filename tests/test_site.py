@@ -22,7 +22,7 @@ def site(tmp_path_factory):
     environ = {**os.environ, "PYTHONPATH": str(copy)}
     environ.pop("IN_TEST", None)
     done = subprocess.run([sys.executable, "tools/pages.py", "--plain", "plain"], cwd=copy, env=environ, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, f"{done.stderr[-1500:]}\nnbdev runs the cells that export or import, and no others: an import stands in a cell of its own"
     return copy
 
 
@@ -111,6 +111,18 @@ def test_planted_code():
     assert "0% of the code" in check_pages.code_faults(notebook(("#| export\nx = 1",)), notebook())[0]
     assert "111 characters" in check_pages.code_faults(notebook(("x" * 111,)), notebook())[0]
     assert check_pages.long_share(notebook(("x" * 84 + "\ny\n\n",))) == 0.5
+
+
+@pytest.mark.parametrize("path", notebooks, ids=lambda p: p.stem)
+def test_imports_stand_alone(path): none(check_pages.import_faults(read(path)))
+
+
+def test_planted_import_among_code():
+    export = ("#| exports\nimport a\nx = 1",)
+    for source in ("import a\nx = 1", "def f():\n    import a\nf()"):
+        assert len(check_pages.import_faults(notebook(export, (source,)))) == 1
+        assert check_pages.import_faults(notebook((source,))) == []
+    assert check_pages.import_faults(notebook(export, ("import a\nfrom b import c",), ("x = 1",), ("#| eval: false\nimport a\nx = 1",), ("%pip x",))) == []
 
 
 def picture(kind="image/png", **more): return dict(output_type="display_data", metadata={}, data={kind: "QUJD", "text/plain": "<Figure>", **more})

@@ -4,7 +4,7 @@
 
 `page_faults` needs no Quarto: it reads a notebook and the page that tools/pages.py makes of it.
 """
-import functools, http.server, os, re, shutil, sys, threading
+import ast, functools, http.server, os, re, shutil, sys, threading
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
@@ -34,6 +34,22 @@ def code_faults(notebook, page):
         faults += [f"code cell {i}: a line has {len(line)} characters, more than {MAX}" for line in code.splitlines() if len(line) > MAX]
     if sum(sizes.values()) and sizes["exports"] < sum(sizes.values()) / 2:
         faults.append(f"the page shows {sizes['exports'] / sum(sizes.values()):.0%} of the code that it exports: mark what it explains `#| exports`")
+    return faults
+
+
+def import_faults(notebook):
+    "Cells that nbdev runs, without the cells between them, because they import, although they do more."
+    cells = [text(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    if not any({"export", "exports"} & set(directives(source)) for source in cells): return []      # then it runs none
+    faults = []
+    for i, source in enumerate(cells):
+        options = directives(source)
+        if {"export", "exports", "exporti"} & set(options) or options.get("eval") == "false" or '"google.colab" in sys.modules' in source: continue
+        try: tree = ast.parse(source)
+        except SyntaxError: continue
+        imports = any(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.walk(tree))
+        more = [n for n in tree.body if not isinstance(n, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef))]
+        if imports and more: faults.append(f"code cell {i}: nbdev runs a cell that imports, and not those above it: imports stand in a cell of their own")
     return faults
 
 
