@@ -10,21 +10,14 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
-import torch
-
 from ppo_ddpm import __version__
-from ppo_ddpm.engine.checkpoints import load_checkpoint, run_folder
-from ppo_ddpm.engine.jobs import Job, run_evaluate, run_train_ddpm, run_train_reward
-from ppo_ddpm.engine.options import add_options, load_config, read_options, read_settings
-from ppo_ddpm.engine.settings import flat, make_config
-from ppo_ddpm.engine.tuning import follow_only, run_demo, run_finetune
 
 COMMANDS = {
-    "demo": (run_demo, "The whole path: draw, train the reward model, fine-tune, measure, report."),
-    "train-ddpm": (run_train_ddpm, "Train a diffusion model from scratch."),
-    "train-reward": (run_train_reward, "Train the reward model that tells real pictures from generated ones."),
-    "finetune": (run_finetune, "Fine-tune a diffusion model with PPO."),
-    "evaluate": (run_evaluate, "Measure a model at few and at many steps, beside real pictures.")}
+    "demo": "The whole path: draw, train the reward model, fine-tune, measure, report.",
+    "train-ddpm": "Train a diffusion model from scratch.",
+    "train-reward": "Train the reward model that tells real pictures from generated ones.",
+    "finetune": "Fine-tune a diffusion model with PPO.",
+    "evaluate": "Measure a model at few and at many steps, beside real pictures."}
 
 USAGE = """usage: ppo-ddpm COMMAND [--cfg NAME_OR_PATH] [--out FOLDER] [--resume | --overwrite] [--any.setting value ...]
 
@@ -44,12 +37,14 @@ def parse(
     argv:list, # The command first
 ):             # -> Namespace: command, cfg (Config), out, resume, overwrite, debug
     "What to do; ValueError or FileNotFoundError in one sentence."
+    from ppo_ddpm.engine.options import add_options, load_config, read_options
     command, args = argv[0], argv[1:]
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(COMMANDS)}"
         raise ValueError(f"unknown command {command}; {hint}")
-    parser = Parser(prog=f"ppo-ddpm {command}", allow_abbrev=False, add_help=False, description=COMMANDS[command][1])
+    parser = Parser(prog=f"ppo-ddpm {command}", description=COMMANDS[command],
+                    allow_abbrev=False, add_help=False)
     parser.add_argument("--cfg", help="cifar10, default, digits, faces, fashion, smoke, or a YAML file [digits]")
     parser.add_argument("--out", default=f"runs/{command}", help="folder of the run [%(default)s]")
     parser.add_argument("--resume", action="store_true", help="go on with the run in that folder")
@@ -74,21 +69,27 @@ def parse(
 
 def check_same(old, new, path):
     "ValueError if a resumed run would go on with other settings."
+    from ppo_ddpm.engine.settings import flat
     a, b = flat(asdict(old)), flat(asdict(new))
     for k in a:
         if a[k] != b[k] and k not in MAY_CHANGE:
-            raise ValueError(f"a resumed run keeps its settings, but {k} is {a[k]} in {path} and {b[k]} here; "
-                             "leave it out, or start a new run in another folder")
+            raise ValueError(f"a resumed run keeps its settings, but {k} is {a[k]} in {path} and "
+                             f"{b[k]} here; leave it out, or start a new run in another folder")
 
 def check_target(options):
     "FileExistsError if weights would be written over a file."
     cfg = options.cfg
     path = {"train-ddpm": cfg.path.ddpm, "train-reward": cfg.path.rm}.get(options.command)
     if path and Path(path).expanduser().exists() and not (options.resume or options.overwrite):
-        raise FileExistsError(f"{path} exists, and {options.command} would replace it; give another path, or --overwrite")
+        raise FileExistsError(f"{path} exists, and {options.command} would replace it; "
+                              "give another path, or --overwrite")
 
 def run(options, accelerator=None):
     "Open the folder, load what is there, and do it."
+    from ppo_ddpm.engine import jobs, tuning
+    from ppo_ddpm.engine.checkpoints import load_checkpoint, run_folder
+    do = {"demo": tuning.run_demo, "train-ddpm": jobs.run_train_ddpm, "train-reward": jobs.run_train_reward,
+          "finetune": tuning.run_finetune, "evaluate": jobs.run_evaluate}
     command, out = options.command, options.out
     main = accelerator is None or accelerator.is_main_process
     check_target(options)
@@ -97,10 +98,10 @@ def run(options, accelerator=None):
         state = load_checkpoint(out / "checkpoint.pt", command) if options.resume and main else {}
         device = accelerator.device if accelerator else None
         with accelerator.local_main_process_first() if accelerator else nullcontext(): # one download for all
-            job = Job(command, options.cfg, out, state, command == "train-ddpm", device, main)
-        if not accelerator: COMMANDS[command][0](job)
-        elif main: run_finetune(job, accelerator)
-        else: follow_only(job, accelerator)
+            job = jobs.Job(command, options.cfg, out, state, command == "train-ddpm", device, main)
+        if not accelerator: do[command](job)
+        elif main: tuning.run_finetune(job, accelerator)
+        else: tuning.follow_only(job, accelerator)
 
 def rank():
     "Which of several processes this is; None if it is alone."
@@ -111,9 +112,12 @@ def join(options):
     if rank() is None: return None
     if options.command != "finetune":
         raise ValueError(f"{options.command} runs in one process, and {os.environ['WORLD_SIZE']} were launched")
-    here, gpus, cpu = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count(), options.cfg.device == "cpu"
+    import torch
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    cpu = options.cfg.device == "cpu"
     if gpus and not cpu and here > gpus:
-        raise RuntimeError(f"{here} processes were launched on a machine with {gpus} GPUs; launch one for each, or give --device cpu")
+        raise RuntimeError(f"{here} processes were launched on a machine with {gpus} GPUs; "
+                           "launch one for each, or give --device cpu")
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.utils import broadcast_object_list
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=12)) # the others wait while process 0 measures
@@ -138,7 +142,7 @@ def main(
     "The command `ppo-ddpm`."
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE.format("\n".join(f"  {name:13} {said}" for name, (_, said) in COMMANDS.items())))
+        print(USAGE.format("\n".join(f"  {name:13} {said}" for name, said in COMMANDS.items())))
         return 0
     if argv[0] == "--version":
         print(f"ppo-ddpm {__version__}")
@@ -159,6 +163,7 @@ def main(
         return 0
     except Exception as e:
         if "--debug" in argv: raise
-        if not rank(): print(f"ppo-ddpm: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr, flush=True)
+        said = " ".join(str(e).split()) or type(e).__name__
+        if not rank(): print(f"ppo-ddpm: {said}", file=sys.stderr, flush=True)
         return 2
     return 0

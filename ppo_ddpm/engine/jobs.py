@@ -31,6 +31,11 @@ from ppo_ddpm.reward import RewardTraining, train_reward
 from ppo_ddpm.sampling import sample
 from ppo_ddpm.data import seeded
 
+def bar(items, desc, total=None, show=True):
+    "A progress bar; where nobody watches it move, a line now and then."
+    pause = 0.1 if sys.stderr.isatty() else 10 # seconds
+    return tqdm(items, desc, total, disable=not show, mininterval=pause)
+
 def contradiction(path, setting, theirs, ours):
     return ValueError(f"{path} was made with {setting} = {theirs}, and the settings say {ours}; "
                       f"set --{setting} to that, or give other weights")
@@ -118,9 +123,9 @@ class Job:
         ddim = self.sampler(self.cfg, n_steps) if n_steps else self.ddim
         if not isinstance(policy, Engine):
             policy = Engine(policy, self.cfg.compute, min(self.cfg.compute.max_batch or 256, 256))
-        bar = tqdm(range(0, n, 256), f"drawing in {ddim.n_steps} steps", disable=n <= 256)
+        starts = bar(range(0, n, 256), f"drawing in {ddim.n_steps} steps", show=n > 256)
         noise = lambda k: torch.randn(k, *self.shape, generator=g, device=self.device)
-        return torch.cat([sample(policy, ddim, noise(min(256, n - i)), g) for i in bar])
+        return torch.cat([sample(policy, ddim, noise(min(256, n - i)), g) for i in starts])
 
     def begin(self, parts:dict): # What a checkpoint keeps besides the curves
         "Restore a checkpoint, open the log; from here on files are written."
@@ -136,16 +141,15 @@ class Job:
 
     def follow(self, loop, total, desc, history, prefix="", look=lambda rec: {}):
         "Go through a training loop with a bar, a log and checkpoints."
-        pause = 0.1 if sys.stderr.isatty() else 10 # seconds
-        bar = tqdm(loop, desc, total, disable=total <= 0, mininterval=pause)
-        with self.saver.patient(), bar:
-            for rec in bar:
+        with self.saver.patient(), bar(loop, desc, total, show=total > 0) as rounds:
+            for rec in rounds:
                 rec |= look(rec)
                 numbers = {k: v for k, v in rec.items() if isinstance(v, (int, float))}
-                bar.set_postfix({k: f"{numbers[k]:.3g}" for k in ("loss", "reward", "fd", "accuracy") if k in numbers})
+                shown = {k: f"{numbers[k]:.3g}" for k in ("loss", "reward", "fd", "auc") if k in numbers}
+                rounds.set_postfix(shown, refresh=False)
                 log_record(self.writer, rec, prefix)
                 history.append(numbers)
-                self.saver(last=bar.n + 1 == total)
+                self.saver(last=len(history) >= total)
 
     def judge(self, seed=0):
         judge = train_judge(self.splits.judge, seed, device=self.device)

@@ -5,8 +5,7 @@ import os
 import random
 import re
 from dataclasses import asdict, fields, is_dataclass
-from importlib import resources
-from pathlib import Path
+from functools import cache
 from typing import Annotated, Literal, get_type_hints
 
 import numpy as np
@@ -176,6 +175,7 @@ def nested(d):
         here[name] = v
     return out
 
+@cache
 def describe()->dict: # {dotted key: (type, default, comment)}
     "All settings."
     def walk(cls, prefix=""):
