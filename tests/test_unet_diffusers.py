@@ -1,9 +1,11 @@
 "Our UNet against diffusers' UNet2DModel: same names, same numbers, both ways, with random weights and no downloads."
 import random
 
-import pytest, torch
+import pytest
+import torch
 from diffusers import UNet2DModel
 
+from ppo_ddpm.engine.weights import build_unet
 from ppo_ddpm.unet import UNet
 
 # the networks of google/ddpm-cifar10-32 and google/ddpm-celebahq-256 with fewer channels (and, for the faces, pixels)
@@ -27,6 +29,7 @@ def drawn(seed):
 
 def theirs(c):
     "The UNet2DModel that has the configuration of one of our networks."
+    c = dict(eps=1e-6, flip_sin_to_cos=False, freq_shift=1) | c
     there = [c["size"] // 2**i for i in range(len(c["channels"]))]
     return UNet2DModel(
         sample_size=c["size"], in_channels=c["in_channels"], out_channels=c["in_channels"], block_out_channels=c["channels"],
@@ -39,7 +42,7 @@ def theirs(c):
 @pytest.mark.parametrize("args", [*PUBLIC.values(), *map(drawn, range(6))], ids=[*PUBLIC, *map(str, range(6))])
 def test_same_network(args):
     torch.manual_seed(0)
-    ours = UNet(**args)
+    ours = build_unet(args)
     ref = theirs(ours.config)
     ours.load_state_dict(ref.state_dict())  # strict: no name may be missing or left over
     ref.load_state_dict(ours.state_dict())
