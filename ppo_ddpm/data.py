@@ -72,7 +72,8 @@ def to_grid(
     ncol = min(len(x), ncol or math.ceil(math.sqrt(len(x))))
     gap = max(1, x.shape[2] // 32)
     grid = make_grid(x, ncol, gap, pad_value=1)
-    return grid[:, gap:-gap, gap:-gap].permute(1, 2, 0).numpy()
+    if len(x) > 1: grid = grid[:, gap:-gap, gap:-gap] # one picture has no border
+    return grid.permute(1, 2, 0).numpy()
 
 def show_grid(
     x:Tensor,       # Shape (B, C, H, W) in [-1, 1], C = 1 or 3

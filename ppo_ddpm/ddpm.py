@@ -49,6 +49,7 @@ class Resumable:
         for name in self.changing:
             part = getattr(self, name)
             if hasattr(part, "load_state_dict"): part.load_state_dict(state[name])
+            elif isinstance(part, Tensor): setattr(self, name, state[name].to(part))
             else: setattr(self, name, state[name])
 
 # %% ../nbs/04_ddpm.ipynb #e48828a5

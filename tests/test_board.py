@@ -284,3 +284,9 @@ def test_log_record_reads_back_from_tensorboard_files(tmp_path):
     assert all(math.isnan(value) for _, value in values("finetune/kl"))
     assert [(o.step, o.width, o.height) for o in events.Images("finetune/samples")] == [(0, 26, 17), (3, 26, 17)]
     assert [(o.step, o.histogram_value.num) for o in events.Histograms("finetune/rewards")] == [(0, 2), (3, 2)]
+
+
+def test_grid_of_one_picture_is_that_picture():
+    x = torch.rand(1, 1, 8, 8) * 2 - 1
+    assert torch.allclose(torch.tensor(to_grid(x))[..., 0] * 2 - 1, x[0, 0], atol=1e-6)
+    assert to_grid(torch.zeros(4, 3, 8, 8)).shape == (17, 17, 3)
