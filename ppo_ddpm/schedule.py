@@ -44,7 +44,9 @@ class NoiseSchedule:
         named = isinstance(kind, str)
         if named and kind not in known:
             raise ValueError(f"unknown schedule {kind!r}; expected linear, cosine or a table of abar")
-        abar = known[kind](T) if named else torch.as_tensor(kind).cpu().double()
+        abar = known[kind](T) if named else kind
+        if not isinstance(abar, Tensor): abar = torch.tensor(abar, dtype=torch.float64)
+        abar = abar.cpu().double()
         tiny = torch.finfo(torch.float32).tiny
         steps = torch.cat([abar.new_ones(1), abar, abar.new_full((1,), tiny)])
         if not (steps.diff() < 0).all():
