@@ -45,15 +45,26 @@ def from_percent(py):
     return notebook
 
 
-def export(*notebooks):
-    "Export these notebooks; in a process of its own because nbdev finds its settings from the working directory."
-    code = "import sys\nfrom nbdev.export import nb_export\nfor path in sys.argv[1:]: nb_export(path, 'ppo_ddpm')"
-    subprocess.run([sys.executable, "-c", code, *map(str, notebooks)], cwd=root, check=True)
+EXPORT = """
+import sys
+from nbdev.config import add_init
+from nbdev.doclinks import _build_modidx
+from nbdev.export import nb_export
+from nbdev.maker import ModuleMaker
+fresh = lambda **how: ModuleMaker(**how | dict(is_new=True))   # nbdev_export would append to a notebook's second module
+for path in sys.argv[2:]: nb_export(path, "ppo_ddpm", mod_maker=fresh)
+if sys.argv[1] == "all":
+    add_init("ppo_ddpm")
+    _build_modidx()
+"""
 
 
-def export_all():
-    "nbdev_export: every module, and the index of names."
-    subprocess.run([sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"], cwd=root, check=True)
+def export(*notebooks, folder=root):
+    "Write the modules of these notebooks, or of all, in a process of its own because nbdev finds its settings from the working directory."
+    which = "some" if notebooks else "all"
+    notebooks = notebooks or sorted((Path(folder) / "nbs").glob("*.ipynb"))
+    if which == "all": (Path(folder) / "ppo_ddpm/_modidx.py").unlink(missing_ok=True)   # it would keep modules that are gone
+    subprocess.run([sys.executable, "-c", EXPORT, which, *map(str, notebooks)], cwd=folder, check=True)
 
 
 def execute(notebook, timeout=900):
@@ -148,7 +159,7 @@ def main():
     quiet_environment()
     notebooks = [*(p.resolve() for p in args.notebooks), *map(from_percent, args.py)]
     if notebooks: export(*notebooks)
-    if args.export: export_all()
+    if args.export: export()
     for notebook in notebooks:
         start = time.time()
         if not args.no_run:
