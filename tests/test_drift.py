@@ -75,13 +75,13 @@ def differences(made, kept):
     "Faults where the Python files of two folders differ; `__main__.py` is written by hand."
     texts = [{p.relative_to(folder).as_posix(): p.read_text(encoding="utf-8") for p in sources(folder)} for folder in (made, kept)]
     why = lambda name: "is exported by no notebook" if name not in texts[0] else "is missing" if name not in texts[1] else "differs from its notebook"
-    return [f"ppo_ddpm/{name} {why(name)}: edit the notebook, then nbdev_export"
+    return [f"ppo_ddpm/{name} {why(name)}: edit the notebook, then python tools/nb.py --export"
             for name in sorted({*texts[0], *texts[1]}) if name != "__main__.py" and texts[0].get(name) != texts[1].get(name)]
 
 
 def test_modules_are_what_the_notebooks_export(tmp_path):
     copy = copy_project(tmp_path)
-    run_python("from nbdev.doclinks import nbdev_export; nbdev_export()", copy)
+    nb_tool.export(folder=copy)
     none(differences(copy / "ppo_ddpm", root / "ppo_ddpm"))
 
 

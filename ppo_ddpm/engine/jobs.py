@@ -33,11 +33,13 @@ from ..sampling import sample
 
 # %% ../../nbs/17_commands.ipynb #c35e5cef
 #| code-fold: true
+#| code-fold: true
 def contradiction(path, setting, theirs, ours):
     return ValueError(f"{path} was made with {setting} = {theirs}, and the settings say {ours}; "
                       f"set --{setting} to that, or give other weights")
 
 # %% ../../nbs/17_commands.ipynb #fe195b28
+#| code-fold: true
 #| code-fold: true
 def load_model(cfg:Config): # -> network in evaluation mode, its schedule, the settings that describe it
     "The network that `path.ddpm` names; ValueError where it contradicts the settings."
@@ -77,18 +79,22 @@ def load_model(cfg:Config): # -> network in evaluation mode, its schedule, the s
 
 # %% ../../nbs/17_commands.ipynb #6adba7f6
 #| code-fold: true
+#| code-fold: true
 def bar(items, desc, total=None, show=True):
     "A progress bar; where nobody watches it move, a line now and then."
     pause = 0.1 if sys.stderr.isatty() else 10 # seconds
-    return tqdm(items, desc, total, disable=not show, mininterval=pause)
+    hidden = {} if show else dict(disable=True) # else TQDM_DISABLE decides
+    return tqdm(items, desc, total, mininterval=pause, **hidden)
 
 # %% ../../nbs/17_commands.ipynb #4a7fd224
+#| code-fold: true
 #| code-fold: true
 def fingerprint(pictures)->str:
     "A short name for exactly these pictures."
     return hashlib.blake2b(pictures.x.cpu().numpy().tobytes(), digest_size=8).hexdigest()
 
 # %% ../../nbs/17_commands.ipynb #afe6f15b
+#| code-fold: true
 #| code-fold: true
 class Job:
     "All that a run starts from."
@@ -183,6 +189,7 @@ class Job:
 
 # %% ../../nbs/17_commands.ipynb #12cbc2b1
 #| code-fold: true
+#| code-fold: true
 def restore(part, state, name):
     try: part.load_state_dict(state)
     except Exception as e:
@@ -190,6 +197,7 @@ def restore(part, state, name):
                          f"({type(e).__name__}); start again with --overwrite") from None
 
 # %% ../../nbs/17_commands.ipynb #5ea0193e
+#| code-fold: true
 #| code-fold: true
 def open_log(out, history, reward_history):
     "TensorBoard's writer, which hides what came after the last checkpoint."
@@ -209,6 +217,7 @@ def open_log(out, history, reward_history):
 
 # %% ../../nbs/17_commands.ipynb #f1bc8c7a
 #| code-fold: true
+#| code-fold: true
 def write_json(path, metrics:dict):
     "Numbers with six digits; null for NaN."
     def plain(v):
@@ -220,10 +229,12 @@ def write_json(path, metrics:dict):
 
 # %% ../../nbs/17_commands.ipynb #8c3aaa18
 #| code-fold: true
+#| code-fold: true
 COLUMNS = dict(fd="distance", kd="kernel", precision="precision", recall="recall",
                discriminator_auc="AUC", class_tv="classes")
 
 # %% ../../nbs/17_commands.ipynb #44037c9b
+#| code-fold: true
 #| code-fold: true
 def table(rows:dict)->str: # {name: numbers of `evaluate`}
     "Numbers side by side; what was not measured is a dash."
