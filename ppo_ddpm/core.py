@@ -800,7 +800,8 @@ def _display(self:Board):
     from IPython.display import Image, display
     start = time.thread_time() # of the processor, whatever else goes on
     low = ", above predicted pictures and a histogram of rewards" if {"denoising", "rewards"} & self.last.keys() else ""
-    im = Image(data=self._png(), format="png", alt="Samples beside curves of reward, held-out distance, KL and clipped share" + low)
+    alt = "Samples beside curves of reward, held-out distance, KL and clipped share" + low
+    im = Image(data=self._png(), format="png", metadata={"alt": alt}) # `alt=` is unknown to IPython 7
     if self.handle is None: self.handle = display(im, display_id=True)
     else: self.handle.update(im)
     self.drawn, self.cost = time.monotonic(), time.thread_time() - start

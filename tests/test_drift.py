@@ -221,6 +221,37 @@ def test_planted_first_cells():
     assert len(first_cell_faults(notebook("# A", badge, ("import sys",)), "01_a")) == 2
 
 
+def alt_faults(name, source):
+    "Pictures of IPython that are given `alt=`, which older versions (7.34 in Colab) do not know."
+    try: tree = ast.parse(re.sub(r"^(\s*)[%!].*", r"\1pass", source, flags=re.M))
+    except SyntaxError as e: return [f"{name} does not parse: {e}"]
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and "Image" in (getattr(n.func, "id", ""), getattr(n.func, "attr", ""))]
+    return [f"{name}, line {n.lineno}: Image(alt=...) fails in IPython 7; write metadata={{\"alt\": ...}}" for n in calls if "alt" in {k.arg for k in n.keywords}]
+
+
+def test_pictures_show_in_older_ipython():
+    none([f for p in sorted((root / "ppo_ddpm").glob("*.py")) for f in alt_faults(p.name, p.read_text(encoding="utf-8"))])
+    none([f for p in notebooks for i, s, _ in cells(read(p), "code") for f in alt_faults(f"{p.stem}, code cell {i}", s)])
+    assert len(alt_faults("x", "%time\nIPython.display.Image(data=b'', alt='a')\nImage('b', alt='b')\nImage('c', metadata={'alt': 'c'})")) == 2
+
+
+def test_the_board_says_what_it_shows(monkeypatch):
+    "The description goes where IPython 7 and 9 both look for it."
+    import IPython.display
+    from ppo_ddpm.core import Board
+    def image(data=None, url=None, filename=None, format=None, embed=None, width=None, height=None, retina=False, unconfined=False, metadata=None):   # of IPython 7.34
+        return data, format, metadata
+    shown = []
+    monkeypatch.setattr(IPython.display, "Image", image)
+    monkeypatch.setattr(IPython.display, "display", lambda o, **k: shown.append(o))
+    board = Board(n_epochs=2)
+    board.show = True
+    board.update({"epoch": 0, "reward": 1.})
+    board.close()
+    (data, kind, metadata), = shown
+    assert data.startswith(b"\x89PNG") and kind == "png" and metadata["alt"].startswith("Samples beside curves")
+
+
 def code_lines(source):
     "Lines that hold code: no blank lines, comments or directives, and none of a signature's or docstring's."
     counted = {i for i, line in enumerate(source.splitlines(), 1) if line.strip() and not line.strip().startswith(("#", "%", "!"))}
