@@ -525,8 +525,10 @@ class _Lines(_Quiet):
 # %% ../nbs/00_core.ipynb #cd2b7aaf
 class _Notebook(fp.NBProgressBar):
     "fastprogress in a notebook, with a description."
-    lt = "<" # all of the text is escaped below
-    def on_update(self, val, text, interrupted=False): super().on_update(val, html.escape(f"{self.desc} {text}"), interrupted)
+    lt = "<" # all of the text is escaped, below or by fastprogress
+    def on_update(self, val, text, interrupted=False):
+        escape = html.escape if isinstance(fp.html_progress_bar(0, 1, ""), str) else str # from 1.1 on it is an element, which escapes its texts
+        super().on_update(val, escape(f"{self.desc} {text}"), interrupted)
     def stop(self, n, done):
         if self.last_v is None: return
         if done and n: self.total = n; self.update(n)

@@ -494,8 +494,10 @@ def _write_json(path, settings):
     with atomic_write(path) as tmp: tmp.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 @patch(cls_method=True)
-def _from_pretrained(cls:UNet, *, model_id, map_location="cpu", strict=True, revision=None, cache_dir=None, force_download=False, local_files_only=False, token=None, **config):
+def _from_pretrained(cls:UNet, *, model_id, map_location="cpu", strict=True, revision=None, cache_dir=None, force_download=False, local_files_only=False, token=None,
+                     proxies=None, resume_download=None, **config): # these two come from huggingface_hub below 1
     hub = dict(revision=revision, cache_dir=cache_dir, force_download=force_download, local_files_only=local_files_only, token=token)
+    if proxies: hub["proxies"] = proxies
     file = Path(model_id)/"model.safetensors" if Path(model_id).is_dir() else hf_hub_download(model_id, "model.safetensors", **hub)
     with torch.device("meta"): net = cls(**config)
     net.about = {k: v for k, v in load_weights(net, file).items() if k not in ("config", "format")}

@@ -1,5 +1,5 @@
 "What is shipped: wheel and sdist with configurations and weights, commands, dependencies, and an import that costs nothing."
-import ast, importlib, os, re, shutil, subprocess, sys, tarfile, zipfile
+import ast, html, importlib, os, re, shutil, subprocess, sys, tarfile, zipfile
 from pathlib import Path
 
 import pytest
@@ -109,3 +109,38 @@ def test_requirements_bring_all_that_is_imported():
     assert undeclared("try: import peft\nexcept ImportError: pass\ntry: import keft\nexcept ImportError: pass", "", "peft") == ["keft"]
     assert undeclared("import peft", "", "peft") == ["peft"]
     assert undeclared("import os, yaml\nfrom PIL import Image\ndef f(): import pandas.io", "pyyaml pillow>=10") == ["pandas"]
+
+
+def bounded(requirements): return [r for r in requirements.split() if re.search(r"<|==|~=", r)]
+
+
+def test_what_users_install_has_no_upper_bounds():
+    "A bound would downgrade what others need, such as fastai in Colab; what the tools of development cannot do with stands in the extra dev."
+    none([f"settings.ini: {r} bounds a requirement of users from above" for extra in ("", "notebooks_", "lora_") for r in bounded(settings[f"{extra}requirements"])])
+    assert bounded("a b>=1 c<2 d>=1,<2 e==3 f~=4 g!=5") == ["c<2", "d>=1,<2", "e==3", "f~=4"]
+
+
+def test_a_bar_is_escaped_once(monkeypatch):
+    "Up to fastprogress 1.0 the bar is HTML as text; from 1.1 on it is an element, which escapes its texts itself."
+    import fastprogress.fastprogress as fp
+    from ppo_ddpm.core import _Notebook
+
+    class Element:
+        def __init__(self, text): self.text = text
+        def __str__(self): return f"<div>{html.escape(self.text)}</div>"
+
+    for make in (lambda value, total, label, interrupted=False: f"<div>{label}</div>", lambda value, total, label, interrupted=False: Element(label)):
+        monkeypatch.setattr(fp, "html_progress_bar", make)
+        bar = _Notebook([], total=8, display=False)
+        bar.desc = "a & b"
+        bar.on_update(1, "[1/8 00:01<00:07]")
+        assert str(bar.progress) == "<div>a &amp; b [1/8 00:01&lt;00:07]</div>"
+
+
+def test_folders_open_with_older_huggingface_hub(tmp_path):
+    "Below 1.0 it hands two more arguments to `_from_pretrained`."
+    from ppo_ddpm.unet import UNet
+    net = UNet()
+    net.save_pretrained(tmp_path)
+    UNet._from_pretrained(model_id=str(tmp_path), revision=None, cache_dir=None, force_download=False, proxies=None, resume_download=None,
+                          local_files_only=True, token=None, **net.config)
