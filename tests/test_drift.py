@@ -203,7 +203,7 @@ def first_cell_faults(nb, name):
     markdown, code = "\n".join(s for _, s, _ in cells(nb)[:3]), [s for _, s, _ in cells(nb, "code")]
     badge = f"https://colab.research.google.com/github/{settings['user']}/{settings['repo']}/blob/{settings['branch']}/nbs/{name}.ipynb"
     faults = []
-    if not re.match(r"# .+\n+> .+", cells(nb)[0][1]): faults.append("the first cell is not '# Title' and '> answer in one line'")
+    if not re.fullmatch(r"# .+\n+> .+\n*", cells(nb)[0][1]): faults.append("the first cell is not '# Title' and '> answer in one line', which is all that the site shows of it")
     if f"]({badge})" not in markdown: faults.append(f"no Colab badge in the first cells that points to {badge}")
     if not code or not nb_tool.is_install_cell(code[0]) or f"git+{repo_url}" not in code[0]: faults.append("the first code cell does not install inside Colab")
     return faults
@@ -219,6 +219,7 @@ def test_planted_first_cells():
     assert first_cell_faults(notebook("# A\n\n> b", badge, install), "01_a") == []
     assert len(first_cell_faults(notebook("# A\n\n> b", badge, install), "02_b")) == 1
     assert len(first_cell_faults(notebook("# A", badge, ("import sys",)), "01_a")) == 2
+    assert "all that the site shows" in first_cell_faults(notebook(f"# A\n> b\n\n{badge}", install), "01_a")[0]
 
 
 def alt_faults(name, source):
@@ -388,6 +389,7 @@ def test_site(tmp_path):
         for cell in page["cells"]: cell.pop("has_sd", None)   # nbdev's own mark
         front = yaml.safe_load("".join(page["cells"][0]["source"]).strip("-\n"))
         assert front["title"] and front["description"], f"{name} needs '# Title' and '> answer in one line'"
+        assert any("colab-badge.svg" in "".join(c["source"]) for c in page["cells"][:4]), f"{name} loses its opening: end the first cell after the '>' line"
         none([f"{name}: {f}" for f in stored_faults(page) if "is stored (" in f])
         html, _ = HTMLExporter().from_notebook_node(nbformat.reads(json.dumps(page), 4))
         assert len(html) > 10_000
