@@ -253,14 +253,14 @@ def discriminator_auc(
     with _own_seed(seed, device):
         net = FeatureNet(real_fit.shape[-1], real_fit.shape[1], n_classes=1, width=16).to(device)
         _fit(net, lambda: (torch.cat([pick(real_fit), pick(fake_fit)]), y), n_steps, lambda out, y: F.binary_cross_entropy_with_logits(out[:, 0], y), lr=4e-3)
-    scores = [torch.cat([net(b.to(device))[:, 0] for b in x.split(1024)]).double().cpu() for x in (real_test, fake_test)]
+    scores = [torch.cat([net(b.to(device))[:, 0] for b in x.split(1024)]).cpu().double() for x in (real_test, fake_test)]
     return float(roc_auc_score(torch.cat([torch.ones(len(real_test)), torch.zeros(len(fake_test))]).numpy(), torch.cat(scores).numpy()))
 
 # %% ../nbs/08_evaluate.ipynb #00cb5f4b
 def _shares(judge, features):
     "Share of each class (n_classes,) among described pictures."
     logits = judge.net.head(features)
-    return torch.bincount(logits.argmax(1), minlength=logits.shape[1]).double().cpu() / len(features)
+    return torch.bincount(logits.argmax(1), minlength=logits.shape[1]).cpu().double() / len(features)
 
 def class_histogram(
     judge:Judge, # The judge

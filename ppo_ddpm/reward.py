@@ -184,7 +184,8 @@ def rank_auc(
 )->float:       # 0.5: no better than chance, 1: all higher
     "The probability that a random `pos` outranks a random `neg`; ties count half."
     d = pos[:, None] - neg
-    return ((d > 0).double() + (d == 0).double() / 2).mean().item()
+    above, ties = torch.stack([(d > 0).sum(), (d == 0).sum()]).cpu().double() # not every device has float64
+    return ((above + ties / 2) / d.numel()).item()
 
 @whole_rounds
 def train_reward(
