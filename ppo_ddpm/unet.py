@@ -55,10 +55,10 @@ class UNet(UNetLayers):
         in_channels:int=1,       # 1: grey, 3: RGB
         channels:tuple=(24, 48), # Of each level, at half the size of the last
         n_blocks:int=1,          # Residual blocks of a level
-        attn:tuple=(4,),         # Sizes with attention; the bottom always has it
-        attn_up:tuple=None,      # The same on the way up; None: as `attn`
-        dropout:float=0.,        # Share of activations dropped
-        head_dim:int=None,       # Channels of an attention head; None: one head
+        attn:tuple=(4,),         # Sizes with attention, beside the bottom
+        attn_up:tuple=None,      # On the way up; None: as `attn`
+        dropout:float=0.,        # Share dropped
+        head_dim:int=None,       # Channels of a head; None: one head
         groups:int=8,            # Groups of the group norms
     ):
         attn_up = attn if attn_up is None else attn_up
