@@ -29,8 +29,6 @@ def ddim_timesteps(
         trailing=T - k * T / n_steps - 1,
         leading=(n_steps - 1 - k) * (T // n_steps),
         linspace=(T - 1) * (1 - k / max(n_steps - 1, 1)))
-    if spacing not in grids:
-        raise ValueError(f"spacing must be one of {', '.join(grids)}, got {spacing!r}")
     t = grids[spacing]
     if power != 1: t = (T * ((t + 1) / T) ** power - 1).clamp(min=0)
     t = t.round().long()
