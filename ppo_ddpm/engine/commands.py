@@ -106,10 +106,20 @@ def check_same(old, new, path):
 #| code-fold: true
 #| code-fold: true
 def check_target(options):
-    "FileExistsError if weights would be written over a file."
-    cfg = options.cfg
+    "FileExistsError, ValueError or OSError if something would be lost, or weights could not be written in the end."
+    out, cfg = options.out, options.cfg
+    strange = out.is_dir() and any(out.glob("[!.]*")) and not (out / "config.yaml").is_file()
+    if options.overwrite and strange:
+        raise FileExistsError(f"--overwrite replaces runs, and {out} is none; choose another folder")
     path = {"train-ddpm": cfg.path.ddpm, "train-reward": cfg.path.rm}.get(options.command)
-    if path and Path(path).expanduser().exists() and not (options.resume or options.overwrite):
+    if not path: return
+    file = Path(path).expanduser()
+    folder = next(p for p in file.absolute().parents if p.exists())
+    if file.suffix not in (".safetensors", ".pth", ".pt"):
+        raise ValueError(f"weights are saved as .safetensors, .pth or .pt, got {path}")
+    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OSError(f"{options.command} could not write {path}; give another path")
+    if file.exists() and not (options.resume or options.overwrite):
         raise FileExistsError(f"{path} exists, and {options.command} would replace it; "
                               "give another path, or --overwrite")
 

@@ -115,7 +115,7 @@ class Job:
         if cfg.compute.checkpointing: recompute_blocks(self.model)
         pictures = self.pictures(cfg, cfg.path.real_img)
         self.shape, self.data = tuple(pictures.x.shape[1:]), fingerprint(pictures)
-        if state and state["data"] != self.data:
+        if state and state.get("data") != self.data:
             raise ValueError(f"the pictures in {cfg.path.real_img} are not those that this run began with; "
                              "restore them, or start a new run in another folder")
         print(f"data: {pictures}; seed {cfg.seed}, on {self.device}", flush=True)
