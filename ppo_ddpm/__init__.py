@@ -21,7 +21,8 @@ _names = {
     "engine.weights": "save_weights load_weights load_unet",
     "engine.board": "Board save_grid save_gif",
     "engine.fast": "Engine",
-    "engine.hub": "from_diffusers to_diffusers sampler_from_diffusers save_pretrained from_pretrained push_to_hub",
+    "engine.hub": "from_diffusers to_diffusers sampler_from_diffusers "
+                  "save_pretrained from_pretrained push_to_hub",
 }
 _home = {name: module for module, names in _names.items() for name in names.split()}
 _modules = ("layers", "kinds", "finetune", "engine", *(m for m in _names if "." not in m))
