@@ -5,9 +5,9 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from ppo_ddpm.core import seeded
-from ppo_ddpm.data import load_pictures, quantize, split
-from ppo_ddpm.evaluate import frechet_distance, kernel_distance, train_judge
+from ppo_ddpm.data import digits, quantize, seeded, split
+from ppo_ddpm.evaluate import frechet_distance, kernel_distance
+from ppo_ddpm.judge import train_judge
 
 pytestmark = pytest.mark.filterwarnings("ignore:Metric .Kernel Inception Distance. will save all")
 
@@ -52,7 +52,7 @@ def test_random_features(name):
 
 
 def test_features_of_digits():
-    splits = split(load_pictures("digits"))
+    splits = split(digits())
     judge, x = train_judge(splits.judge, n_steps=40), splits.train.unit()
     real, g = judge.features(splits.test.unit()), seeded("torchmetrics", "digits")
     for fake in (x, quantize(x + .3 * torch.randn(x.shape, generator=g), splits.train.levels), x[splits.train.y < 5]):
