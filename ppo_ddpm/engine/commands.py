@@ -22,6 +22,7 @@ from .. import __version__
 # %% ../../nbs/17_commands.ipynb #c7f37552
 #| code-fold: true
 #| code-fold: true
+#| code-fold: true
 COMMANDS = {
     "demo": "The whole path: draw, train the reward model, fine-tune, measure, report.",
     "train-ddpm": "Train a diffusion model from scratch.",
@@ -30,6 +31,7 @@ COMMANDS = {
     "evaluate": "Measure a model at few and at many steps, beside real pictures."}
 
 # %% ../../nbs/17_commands.ipynb #8128569c
+#| code-fold: true
 #| code-fold: true
 #| code-fold: true
 USAGE = """usage: ppo-ddpm COMMAND [--cfg NAME_OR_PATH] [--out FOLDER] [--resume | --overwrite]
@@ -44,16 +46,19 @@ ppo-ddpm COMMAND --help explains every option. Start with: ppo-ddpm demo"""
 # %% ../../nbs/17_commands.ipynb #437e592b
 #| code-fold: true
 #| code-fold: true
+#| code-fold: true
 class Parser(argparse.ArgumentParser):
     def error(self, message): raise ValueError(f"{message}; see {self.prog} --help")
 
 # %% ../../nbs/17_commands.ipynb #514cbdbf
 #| code-fold: true
 #| code-fold: true
+#| code-fold: true
 MAY_CHANGE = {"device", "data.root", "data.download", "train_ddpm.num_steps", "finetune.num_epochs",
               "compute.compile", "compute.max_batch", "compute.checkpointing"}
 
 # %% ../../nbs/17_commands.ipynb #f992c342
+#| code-fold: true
 #| code-fold: true
 #| code-fold: true
 def parse(
@@ -68,7 +73,8 @@ def parse(
         raise ValueError(f"unknown command {command}; {hint}")
     parser = Parser(prog=f"ppo-ddpm {command}", description=COMMANDS[command],
                     allow_abbrev=False, add_help=False)
-    parser.add_argument("--cfg", help="cifar10, default, digits, faces, fashion, smoke, or a YAML file [digits]")
+    names = "cifar10, default, digits, faces, fashion, smoke, or a YAML file [digits]"
+    parser.add_argument("--cfg", help=names)
     parser.add_argument("--out", default=f"runs/{command}", help="folder of the run [%(default)s]")
     parser.add_argument("--resume", action="store_true", help="go on with the run in that folder")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in that folder")
@@ -93,6 +99,7 @@ def parse(
 # %% ../../nbs/17_commands.ipynb #343c7344
 #| code-fold: true
 #| code-fold: true
+#| code-fold: true
 def check_same(old, new, path):
     "ValueError if a resumed run would go on with other settings."
     from ppo_ddpm.engine.settings import flat
@@ -105,8 +112,9 @@ def check_same(old, new, path):
 # %% ../../nbs/17_commands.ipynb #6996a554
 #| code-fold: true
 #| code-fold: true
+#| code-fold: true
 def check_target(options):
-    "FileExistsError, ValueError or OSError if something would be lost, or weights could not be written in the end."
+    "FileExistsError, ValueError or OSError if something would be lost, or could not be written."
     out, cfg = options.out, options.cfg
     strange = out.is_dir() and any(out.glob("[!.]*")) and not (out / "config.yaml").is_file()
     if options.overwrite and strange:
@@ -124,6 +132,7 @@ def check_target(options):
                               "give another path, or --overwrite")
 
 # %% ../../nbs/17_commands.ipynb #7588043f
+#| code-fold: true
 #| code-fold: true
 #| code-fold: true
 def run(options, accelerator=None):
@@ -148,6 +157,7 @@ def run(options, accelerator=None):
 # %% ../../nbs/17_commands.ipynb #9813a942
 #| code-fold: true
 #| code-fold: true
+#| code-fold: true
 def rank():
     "Which of several processes this is; None if it is alone."
     return int(os.environ.get("RANK") or 0) if int(os.environ.get("WORLD_SIZE") or 1) > 1 else None
@@ -155,11 +165,13 @@ def rank():
 # %% ../../nbs/17_commands.ipynb #2bc8fa03
 #| code-fold: true
 #| code-fold: true
+#| code-fold: true
 def join(options):
     "accelerate's `Accelerator`, where a launcher has started several processes."
     if rank() is None: return None
     if options.command != "finetune":
-        raise ValueError(f"{options.command} runs in one process, and {os.environ['WORLD_SIZE']} were launched")
+        n = os.environ["WORLD_SIZE"]
+        raise ValueError(f"{options.command} runs in one process, and {n} were launched")
     import torch
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
     cpu = options.cfg.device == "cpu"
@@ -176,10 +188,12 @@ def join(options):
 # %% ../../nbs/17_commands.ipynb #ece8ce12
 #| code-fold: true
 #| code-fold: true
+#| code-fold: true
 @contextmanager
 def one_voice():
     "Notes in one line, and only from the first process; any name can be printed."
-    show = lambda message, *_, **__: print("note:", " ".join(str(message).split()), file=sys.stderr, flush=True)
+    def show(message, *_, **__):
+        print("note:", " ".join(str(message).split()), file=sys.stderr, flush=True)
     for stream in sys.stdout, sys.stderr:
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     with warnings.catch_warnings(), open(os.devnull, "w") as nowhere:
@@ -188,6 +202,7 @@ def one_voice():
         with redirect_stdout(nowhere) if rank() else nullcontext(): yield
 
 # %% ../../nbs/17_commands.ipynb #7115d6d8
+#| code-fold: true
 #| code-fold: true
 #| code-fold: true
 def main(

@@ -34,11 +34,13 @@ from ..sampling import sample
 # %% ../../nbs/17_commands.ipynb #c35e5cef
 #| code-fold: true
 #| code-fold: true
+#| code-fold: true
 def contradiction(path, setting, theirs, ours):
     return ValueError(f"{path} was made with {setting} = {theirs}, and the settings say {ours}; "
                       f"set --{setting} to that, or give other weights")
 
 # %% ../../nbs/17_commands.ipynb #fe195b28
+#| code-fold: true
 #| code-fold: true
 #| code-fold: true
 def load_model(cfg:Config): # -> network in evaluation mode, its schedule, the settings that describe it
@@ -80,6 +82,7 @@ def load_model(cfg:Config): # -> network in evaluation mode, its schedule, the s
 # %% ../../nbs/17_commands.ipynb #6adba7f6
 #| code-fold: true
 #| code-fold: true
+#| code-fold: true
 def bar(items, desc, total=None, show=True):
     "A progress bar; where nobody watches it move, a line now and then."
     pause = 0.1 if sys.stderr.isatty() else 10 # seconds
@@ -89,11 +92,13 @@ def bar(items, desc, total=None, show=True):
 # %% ../../nbs/17_commands.ipynb #4a7fd224
 #| code-fold: true
 #| code-fold: true
+#| code-fold: true
 def fingerprint(pictures)->str:
     "A short name for exactly these pictures."
     return hashlib.blake2b(pictures.x.cpu().numpy().tobytes(), digest_size=8).hexdigest()
 
 # %% ../../nbs/17_commands.ipynb #afe6f15b
+#| code-fold: true
 #| code-fold: true
 #| code-fold: true
 class Job:
@@ -190,6 +195,7 @@ class Job:
 # %% ../../nbs/17_commands.ipynb #12cbc2b1
 #| code-fold: true
 #| code-fold: true
+#| code-fold: true
 def restore(part, state, name):
     try: part.load_state_dict(state)
     except Exception as e:
@@ -197,6 +203,7 @@ def restore(part, state, name):
                          f"({type(e).__name__}); start again with --overwrite") from None
 
 # %% ../../nbs/17_commands.ipynb #5ea0193e
+#| code-fold: true
 #| code-fold: true
 #| code-fold: true
 def open_log(out, history, reward_history):
@@ -218,6 +225,7 @@ def open_log(out, history, reward_history):
 # %% ../../nbs/17_commands.ipynb #f1bc8c7a
 #| code-fold: true
 #| code-fold: true
+#| code-fold: true
 def write_json(path, metrics:dict):
     "Numbers with six digits; null for NaN."
     def plain(v):
@@ -230,10 +238,12 @@ def write_json(path, metrics:dict):
 # %% ../../nbs/17_commands.ipynb #8c3aaa18
 #| code-fold: true
 #| code-fold: true
+#| code-fold: true
 COLUMNS = dict(fd="distance", kd="kernel", precision="precision", recall="recall",
                discriminator_auc="AUC", class_tv="classes")
 
 # %% ../../nbs/17_commands.ipynb #44037c9b
+#| code-fold: true
 #| code-fold: true
 #| code-fold: true
 def table(rows:dict)->str: # {name: numbers of `evaluate`}

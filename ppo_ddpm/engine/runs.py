@@ -20,6 +20,7 @@ from ..reward import RewardTraining, train_reward
 # %% ../../nbs/17_commands.ipynb #b9e97faa
 #| code-fold: true
 #| code-fold: true
+#| code-fold: true
 def run_train_ddpm(job):
     "Train a diffusion model from scratch."
     cfg, compute = job.cfg.train_ddpm, job.cfg.compute
@@ -47,6 +48,7 @@ def run_train_ddpm(job):
 # %% ../../nbs/17_commands.ipynb #442d05f0
 #| code-fold: true
 #| code-fold: true
+#| code-fold: true
 def measure_ddpm(job, policy):
     "Distances at several step counts."
     full, rows = job.cfg.evaluate.full_steps, {}
@@ -63,6 +65,7 @@ def measure_ddpm(job, policy):
         steps=job.cfg.train_ddpm.num_steps, history=job.history, rows=rows))
 
 # %% ../../nbs/17_commands.ipynb #08a42cb6
+#| code-fold: true
 #| code-fold: true
 #| code-fold: true
 def reward_parts(job, load=True)->tuple[RewardTraining, RealFake]:
@@ -87,6 +90,7 @@ def reward_parts(job, load=True)->tuple[RewardTraining, RealFake]:
 # %% ../../nbs/17_commands.ipynb #5b69d10b
 #| code-fold: true
 #| code-fold: true
+#| code-fold: true
 def fit_reward(job, paid, data):
     "Train the reward model, unless it is trained."
     left = paid.cfg.num_epochs - paid.epoch
@@ -97,6 +101,7 @@ def fit_reward(job, paid, data):
         print(f"reward model: accuracy {last['accuracy']:.2f}, AUC {last['auc']:.2f} on held-out pictures")
 
 # %% ../../nbs/17_commands.ipynb #43d4cbca
+#| code-fold: true
 #| code-fold: true
 #| code-fold: true
 def run_train_reward(job):
@@ -116,6 +121,7 @@ def run_train_reward(job):
     write_json(job.out / "metrics.json", job.about() | last)
 
 # %% ../../nbs/17_commands.ipynb #4ca54659
+#| code-fold: true
 #| code-fold: true
 #| code-fold: true
 def run_evaluate(job):
