@@ -9,7 +9,9 @@ import torch
 folder = Path(__file__).resolve().parent
 sys.path.insert(0, str(folder.parent))   # this checkout, installed or not
 
-from ppo_ddpm.core import atomic_write, pick_device
+from ppo_ddpm.engine.checkpoints import atomic_write
+from ppo_ddpm.engine.hub import to_diffusers
+from ppo_ddpm.engine.settings import pick_device
 from ppo_ddpm.schedule import NoiseSchedule
 from ppo_ddpm.unet import UNet
 
@@ -61,8 +63,12 @@ def theirs(unet, schedule):
     "The same network, weights and schedule as diffusers' `UNet2DModel` and `DDIMScheduler`."
     from diffusers import DDIMScheduler, UNet2DModel
     with tempfile.TemporaryDirectory() as tmp:
-        where = unet.to_diffusers(Path(tmp) / "pipe", schedule)
-        return UNet2DModel.from_pretrained(where, low_cpu_mem_usage=False).eval().to(next(unet.parameters()).device), DDIMScheduler.from_pretrained(where)
+        where = to_diffusers(unet, schedule, Path(tmp) / "pipe")
+        net = UNet2DModel.from_pretrained(where / "unet", low_cpu_mem_usage=False)
+        return net.eval().to(next(unet.parameters()).device), DDIMScheduler.from_pretrained(where / "scheduler")
+
+
+def n_params(net): return sum(p.numel() for p in net.parameters())
 
 
 def digits_schedule(): return NoiseSchedule("cosine", 1000)

@@ -20,15 +20,28 @@ from common import folder, machine, markdown, said
 import torch
 
 import ppo_ddpm
-from ppo_ddpm.cli import draw, make_judge, measure, parse, prepare, run_finetune, sampler, write_metrics
-from ppo_ddpm.core import progress
-from ppo_ddpm.evaluate import floor
+from ppo_ddpm.engine.commands import parse
+from ppo_ddpm.engine.jobs import Job, bar, write_json
+from ppo_ddpm.engine.tuning import run_finetune
+from ppo_ddpm.evaluate import evaluate, floor
 from ppo_ddpm.finetune import Finetuning, finetune, random_reward, watcher
 
 
 def settings(args, seed, out):
     "The job of one seed, as the command line makes it; the held-out distance is looked at every fifth round."
     return parse(["finetune", "--cfg", "smoke" if args.quick else args.cfg, "--seed", str(seed), "--device", args.device, "--out", str(out), "--evaluate.every", "5"])
+
+
+def start(args, seed, out):
+    "The job of one seed, with the folder that it writes into."
+    todo = settings(args, seed, out)
+    todo.out.mkdir(parents=True)
+    return Job(todo.command, todo.cfg, todo.out, {})
+
+
+def measured(job, judge, policies):
+    "{name: numbers on the test split} of {name: function that draws pictures}"
+    return {name: evaluate(judge, draw(), job.splits) for name, draw in policies.items()}
 
 
 def fingerprint(cfg):
@@ -41,41 +54,41 @@ def fingerprint(cfg):
 LOOKS = 4
 
 
-def look_again(job, averages):
+def look_again(job, judge, averages):
     "{epoch: distance to the judge split}, the mean over LOOKS samples of n pictures: one sample is as noisy as the drift that it should show."
-    looks = [watcher(job.judge, job.splits, job.ddim, job.cfg.evaluate.n, seed=1000 + i) for i in range(LOOKS)]
-    return {epoch: statistics.mean(look(model)["fd"] for look in looks) for epoch, model in progress(averages.items(), desc="looking again")}
+    looks = [watcher(judge, job.splits, job.ddim, job.cfg.evaluate.n, seed=1000 + i) for i in range(LOOKS)]
+    return {epoch: statistics.mean(look(model)["fd"] for look in looks) for epoch, model in bar(averages.items(), "looking again")}
 
 
 def main_run(job):
     "Reward model and PPO of one seed, measured on the test split with the seed's noise."
-    averages = {}
+    averages, looked = {}, []
     def keeping(*args, **kwargs):
         watch = watcher(*args, **kwargs)
         def look(engine):
-            if (epoch := len(job.state.get("history", [])) + 1) > 1: averages[epoch] = copy.deepcopy(engine.model)
+            if job.history or looked: averages[len(job.history) + 1] = copy.deepcopy(engine.model)
+            looked.append(True) # the first look is at the model before fine-tuning
             return watch(engine)
         return look
-    with mock.patch("ppo_ddpm.cli.watcher", keeping): run = run_finetune(job)
+    with mock.patch("ppo_ddpm.engine.tuning.watcher", keeping): policies, judge, metrics = run_finetune(job)
     seconds, n, full = time.time() - job.start, job.cfg.evaluate.n, job.cfg.evaluate.full_steps
-    rows = measure(job, dict(before=lambda: draw(job, run.reference, n, "evaluate"), after=lambda: draw(job, run.ema.model, n, "evaluate"),
-                             full_steps=lambda: draw(job, run.reference, n, "evaluate", ddim=sampler(job, full))))
-    watched = {r["epoch"]: r["fd"] for r in job.state["history"] if "fd" in r}
-    best, again = min(watched, key=watched.get), look_again(job, averages)
+    draws = {name: lambda policy=policy: job.draw(policy, n, "evaluate") for name, policy in policies.items()}
+    rows = measured(job, judge, draws | dict(full_steps=lambda: job.draw(policies["before"], n, "evaluate", n_steps=full)))
+    watched = {r["epoch"]: r["fd"] for r in job.history if "fd" in r}
+    best, again = min(watched, key=watched.get), look_again(job, judge, averages)
     assert again.keys() == watched.keys()
-    return rows | dict(floor=floor(job.judge, job.splits, min(n, len(job.splits.train)), seed=job.cfg.seed), seconds=seconds, best_epoch=best, best_fd=watched[best],
-                       last_epoch=max(watched), last_fd=watched[max(watched)], again=list(again.items()), marks=job.marks, history=job.state["history"])
+    return rows | dict(floor=floor(judge, job.splits, min(n, len(job.splits.train)), seed=job.cfg.seed), seconds=seconds, best_epoch=best, best_fd=watched[best], last_epoch=max(watched),
+                       last_fd=watched[max(watched)], again=list(again.items()), marks=metrics["marks"], history=job.history)
 
 
 def control_run(job):
     "The same, paid at random: same noise, same rounds, nothing to learn."
-    prepare(job)
-    make_judge(job)
-    run, n, seed = Finetuning(job.model, job.cfg.finetune), job.cfg.evaluate.n, job.cfg.seed
+    judge, run, n, seed = job.judge(), Finetuning(job.model, job.cfg.finetune), job.cfg.evaluate.n, job.cfg.seed
     loop = finetune(run, job.ddim, random_reward(seed), job.shape, seed=seed)
-    for rec in (bar := progress(loop, total=job.cfg.finetune.num_epochs, desc="paid at random")): bar.comment = f"KL {rec['kl']:.2f}"
+    for rec in (rounds := bar(loop, "paid at random", job.cfg.finetune.num_epochs)): rounds.set_postfix(KL=f"{rec['kl']:.2f}")
     seconds = time.time() - job.start
-    return measure(job, dict(before=lambda: draw(job, run.reference, n, "evaluate"), after=lambda: draw(job, run.ema.model, n, "evaluate"))) | dict(seconds=seconds)
+    draws = dict(before=lambda: job.draw(run.reference, n, "evaluate"), after=lambda: job.draw(run.ema.model, n, "evaluate"))
+    return measured(job, judge, draws) | dict(seconds=seconds)
 
 
 def spread(v, digits=3):
@@ -161,10 +174,10 @@ def main():
         if (kind, seed) in done: print(f"{kind}, seed {seed}: stored already"); continue
         print(f"--- {kind}, seed {seed}: {i + 1} of {len(todo)}", flush=True)
         with tempfile.TemporaryDirectory() as tmp:   # the run's own folder is not kept
-            made = (main_run if kind == "main" else control_run)(settings(args, seed, Path(tmp) / "run"))
+            made = (main_run if kind == "main" else control_run)(start(args, seed, Path(tmp) / "run"))
         stored.append(dict(kind=kind, seed=seed, settings=key, machine=machine(args.device), **made))
         out.mkdir(parents=True, exist_ok=True)
-        write_metrics(path, stored)
+        write_json(path, stored)
     text = report(stored, key, steps, full)
     print(text)
     if any(r["settings"] == key for r in stored): (out / "digits_seeds.md").write_text(text + "\n", encoding="utf-8")

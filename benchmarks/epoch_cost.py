@@ -13,8 +13,9 @@ Contestants, turn by turn in one process:
   and their log-probabilities kept; then, for each minibatch of episodes, each timestep in turn goes forward and backward, and gradients
   add up over timesteps. Once with whole minibatches, and once with four episodes at a time, as in the larger configuration that
   ddpo-pytorch ships (its default is one).
-- ours: `rollout` and `ppo_update`, where (episode, step) pairs are one flat batch; and `finetune`, the loop that users run, with a trivial
-  reward and neither KL nor control variate, but with its checks, average of the weights and copies for safety. Where all run in fp32,
+- ours: `rollout` and `ppo_update`, where (episode, step) pairs are one flat batch, without a reference network as the others; and
+  `finetune`, the loop that users run, with a trivial reward and no control variate, but with its checks, average of the weights, copies
+  for safety, and the reference's passes that measure the KL divergence. Where all run in fp32,
   ours runs in bf16 as well: a switch away, with ratios that still start at 1, but not the same arithmetic, so it has a goal of its own.
 
 Before anything is timed all must draw the same pictures from the same noise and, after the same push to the weights, take the same
@@ -29,11 +30,13 @@ from common import CLOCKS, NETS, TINY, agree, apart, begin, digits_schedule, goa
 import torch
 from torch import nn
 
-from ppo_ddpm.core import Compute, Finetune, seeded
-from ppo_ddpm.finetune import Finetuning, finetune
-from ppo_ddpm.ppo import ppo_loss, ppo_update, whiten
-from ppo_ddpm.sampling import DDIM, log_prob, rollout, step_mean
-from ppo_ddpm.unet import LOW, Engine
+from ppo_ddpm.data import seeded
+from ppo_ddpm.engine.checkpoints import whole_rounds
+from ppo_ddpm.engine.fast import HALF, Engine, PieceStep, piece_size
+from ppo_ddpm.engine.settings import Compute
+from ppo_ddpm.finetune import Finetune, Finetuning, finetune
+from ppo_ddpm.ppo import PPO, ppo_loss, ppo_update, whiten
+from ppo_ddpm.sampling import DDIM, log_prob, rollout
 
 CLIP, STEPS = .2, 4
 # network, episodes, of these per optimiser step; on a GPU 256 and 64 where a CPU does fewer
@@ -56,7 +59,7 @@ class Contestant:
     "Draws episodes, then learns from them, `minibatch` episodes per optimiser step."
     def __init__(self, net, ddim, minibatch, compute):
         self.net, self.ddim, self.minibatch, self.max_norm = net, ddim, minibatch, 1.
-        self.opt, self.device, self.low = torch.optim.Adam(net.parameters(), lr=1e-6, fused=True), next(net.parameters()).device, LOW[compute.precision]
+        self.opt, self.device, self.low = torch.optim.Adam(net.parameters(), lr=1e-6, fused=True), next(net.parameters()).device, HALF[compute.precision]
 
     def run(self, net, x, t):
         "The network in the precision that is asked for."
@@ -87,7 +90,7 @@ class Original(Contestant):
             states = [noise.x_T[i:i + 1]]
             for k in range(self.ddim.n_steps):
                 eps = self.run(self.old, states[-1], self.ddim.t[k:k + 1])
-                states.append(step_mean(self.ddim, k, states[-1], eps) + self.ddim.sigma[k] * noise.z[k][i:i + 1])
+                states.append(self.ddim.mean(k, states[-1], eps) + self.ddim.sigma[k] * noise.z[k][i:i + 1])
             self.episodes.append(states)
         return torch.cat([states[-1] for states in self.episodes])
 
@@ -148,24 +151,36 @@ class Flat(Contestant):
     "Ours: all pairs are one batch."
     def __init__(self, net, ddim, minibatch, compute):
         super().__init__(net, ddim, minibatch, compute)
-        self.act, self.kept_on = Engine(net, compute), "cpu" if compute.host else None
+        self.policy, self.compute = Engine(net, compute), compute
 
     def rollout(self, noise):
         self.generator = noise.generator
-        self.traj = rollout(self.act, self.ddim, noise.x_T, noise.generator, self.kept_on)
+        self.policy.size = pieces(self.ddim, len(noise.x_T), self.minibatch, self.compute)
+        self.traj = rollout(self.policy, self.ddim, noise.x_T, noise.generator)
         return self.traj.x0
 
     def learn(self, advantage):
-        return ppo_update(self.act, self.opt, self.ddim, self.traj, advantage, self.generator, clip_eps=CLIP,
-                          minibatch=self.minibatch * self.ddim.n_decisions, max_batch=self.act.batch, grad_clip=self.max_norm)["loss"]
+        cfg = PPO(clip_eps=CLIP, kl=0., minibatch=self.minibatch, grad_clip=self.max_norm)
+        step = PieceStep(self.compute, self.device, self.policy.batch)
+        nothing = lambda x, t: torch.zeros_like(x) # no reference, as the others
+        return ppo_update(self.policy, nothing, self.opt, self.ddim, self.traj, advantage, self.generator, cfg, step=step)["loss"]
+
+
+def pieces(ddim, episodes, minibatch, compute):
+    "Pictures in a piece, as the command chooses them."
+    D = ddim.n_decisions
+    return piece_size(ddim.n_steps, episodes, episodes * D, min(minibatch, episodes) * D, compute.max_batch)
 
 
 def whole_loop(net, ddim, shape, episodes, minibatch, compute):
     "Rounds of `finetune`, one per call."
-    cfg = Finetune(lr=1e-6, lr_decay="none", num_epochs=10**6, ddim_steps=ddim.n_steps, episodes_per_epoch=episodes, microbatch=minibatch, clip_eps=CLIP,
-                   kl=0., control_variate=False, refresh_every=0, **({} if compute.precision == "fp32" else dict(ratio_tolerance=.1)))
-    run = Finetuning(net, cfg, compute)
-    loop = finetune(run, ddim, lambda x0: x0.flatten(1).mean(1), shape)
+    cfg = Finetune(lr=1e-6, lr_decay="none", num_epochs=10**6, episodes_per_epoch=episodes, minibatch=minibatch, clip_eps=CLIP, kl=0.,
+                   control_variate=False, refresh_every=0)
+    run, size = Finetuning(net, cfg), pieces(ddim, episodes, minibatch, compute)
+    run.policy, run.reference = Engine(net, compute, size), Engine(run.reference, compute, size)
+    step = PieceStep(compute, next(net.parameters()).device, run.policy.batch)
+    loop = finetune(run, ddim, lambda x0: x0.flatten(1).mean(1), shape, step=step)
+    loop = whole_rounds(loop, run, step, tolerance=.01 if compute.precision == "fp32" else .1)
     return lambda: next(loop)
 
 
@@ -225,7 +240,7 @@ def goals(size, device, over):
 def main(argv=None):
     parser = options(__doc__, rounds=7)
     parser.add_argument("--sizes", nargs="+", choices=list(WORK), help="default: all")
-    parser.add_argument("--precision", choices=list(LOW), default="fp32", help="for all contestants (default fp32)")
+    parser.add_argument("--precision", choices=list(HALF), default="fp32", help="for all contestants (default fp32)")
     parser.add_argument("--compile", action="store_true", help="torch.compile, for ours")
     args = begin(parser, argv)
     cuda, compute = torch.device(args.device).type == "cuda", Compute(precision=args.precision, compile=args.compile)
@@ -250,6 +265,7 @@ def main(argv=None):
         which = main_clock(args.device)
         for name, v in times.items():
             fwd, bwd = passes.get(name, passes["ours"])
+            if "loop" in name: fwd += bwd # the reference's
             over = ratios(v, times["ours"], which)
             rows.append([f"{size}, {name}", fwd, bwd, shown(spread([t[0] for t in v]), 1e3, 1), shown(spread([t[1] for t in v]), 1e3, 1), shown(over)])
             data.append(dict(size=size, contestant=name, episodes=n, minibatch=m, forward=fwd, backward=bwd, wall=[t[0] for t in v], cpu=[t[1] for t in v], over_ours=over, apart=far))

@@ -15,13 +15,18 @@ The reward is the one that the command pays: the classifiers, and the count of k
 import copy, sys, tempfile
 from pathlib import Path
 
-from common import CLOCKS, begin, clock, goal, main_clock, options, ratios, report, shown, spread, turns
+from common import CLOCKS, begin, goal, main_clock, n_params, options, ratios, report, shown, spread, turns
 
 import torch
 
-from ppo_ddpm.cli import draw, parse, prepare, reward_parts
-from ppo_ddpm.finetune import Finetuning, finetune
-from ppo_ddpm.reward import refresh_reward, reward_of
+from ppo_ddpm.engine.checkpoints import whole_rounds
+from ppo_ddpm.engine.commands import parse
+from ppo_ddpm.engine.jobs import Job
+from ppo_ddpm.engine.runs import reward_parts
+from ppo_ddpm.engine.tuning import Tuning
+from ppo_ddpm.finetune import finetune
+from ppo_ddpm.kinds import reward_of
+from ppo_ddpm.reward import refresh_reward
 
 GOALS = 1.10, 1.05
 
@@ -75,8 +80,7 @@ def expected(job):
     "The pictures that a round must process, by arithmetic."
     cfg, d = job.cfg.finetune, job.ddim.n_decisions
     pairs = d * cfg.episodes_per_epoch * cfg.passes
-    counts = {"policy, forward": job.ddim.n_steps * cfg.episodes_per_epoch + pairs, "policy, backward": pairs}
-    if cfg.kl: counts["reference, forward"] = pairs
+    counts = {"policy, forward": job.ddim.n_steps * cfg.episodes_per_epoch + pairs, "policy, backward": pairs, "reference, forward": pairs}
     judged = cfg.episodes_per_epoch * (1 + (d if cfg.control_variate else 0))
     return counts | {f"reward {i}, forward": judged for i in range(job.cfg.train_reward.n_models)}
 
@@ -87,14 +91,15 @@ def main(argv=None):
     args = begin(parser, argv)
     if args.quick: args.cfg = "smoke"
     with tempfile.TemporaryDirectory() as tmp:
-        job = parse(["finetune", "--cfg", args.cfg, "--device", args.device, "--out", str(Path(tmp) / "none")])
-        prepare(job)
+        todo = parse(["finetune", "--cfg", args.cfg, "--device", args.device, "--out", str(Path(tmp) / "none")])
+        job = Job(todo.command, todo.cfg, todo.out, {})
     paid, data = reward_parts(job, load=False)   # untrained: its passes take as long
-    run, shape, seed = Finetuning(job.model, job.cfg.finetune, job.cfg.compute), job.shape, job.cfg.seed
-    networks = {"policy": run.policy, "reference": run.reference} | {f"reward {i}": net for i, net in enumerate(paid.model.nets)}
+    tuning = Tuning(job)
+    run, step, shape, seed = tuning.run, tuning.step, job.shape, job.cfg.seed
+    networks = {"policy": run.policy.model, "reference": run.reference.model} | {f"reward {i}": net for i, net in enumerate(paid.model.nets)}
     start, reward = copy.deepcopy(run.state_dict()), reward_of(paid, data)
 
-    def one_round(): next(finetune(run, job.ddim, reward, shape, seed=seed))
+    def one_round(): next(whole_rounds(finetune(run, job.ddim, reward, shape, seed=seed, step=step), run, step, paid, data))
     def rewind(): run.load_state_dict(copy.deepcopy(start))
 
     with Recorder(networks) as made: one_round()
@@ -104,7 +109,7 @@ def main(argv=None):
         sys.exit(f"the contestants do not process the same pictures: round {counts}, bare {repeated.pictures()}, expected {right}")
     print("both process, in pictures: " + ", ".join(f"{k} {v}" for k, v in counts.items()), flush=True)
 
-    once, x0, c = distinct(made.calls), draw(job, run.act, job.cfg.finetune.episodes_per_epoch, "refresh"), job.cfg.finetune
+    once, x0, c = distinct(made.calls), job.draw(run.policy, job.cfg.finetune.episodes_per_epoch, "refresh"), job.cfg.finetune
     names = "a round of `finetune`", "its bare passes", "its distinct passes", f"refresh, every {c.refresh_every} rounds, not in the above"
     times = turns(dict(zip(names, (one_round, lambda: replay(networks, made.calls), lambda: replay(networks, once), lambda: refresh_reward(paid, data, x0, c.refresh_steps)))),
                   args.rounds, job.device, warm=2, before=rewind)
@@ -113,7 +118,7 @@ def main(argv=None):
     ratio = ratios(full, bare, 1)
     said = [goal(f"a round takes at most {g:.2f} times the processor time of its bare passes", f"{ratio[0]:.3f}", ratio[0] <= g) for g in GOALS]
     report(args, "epoch_overhead", "One round of fine-tuning against the passes it contains", f"""Configuration {args.cfg}: {c.episodes_per_epoch} episodes of {c.ddim_steps} steps,
-        {c.microbatch * job.ddim.n_decisions} (episode, step) pairs per optimiser step, {run.policy.n_params:,} parameters, {job.cfg.train_reward.n_models} reward networks. Pictures in a round:
+        {c.minibatch * job.ddim.n_decisions} (episode, step) pairs per optimiser step, {n_params(run.policy):,} parameters, {job.cfg.train_reward.n_models} reward networks. Pictures in a round:
         {', '.join(f'{k} {v}' for k, v in counts.items())}. Median (smallest to largest) over rounds in which the contestants take turns; a ratio is that of two runs in the same round. Processor time
         sums over threads and does not depend on what else the machine does.""",
         ["", "wall, ms", "processor, ms", "the round over it, wall", "the round over it, processor"], rows, [] if args.quick else said, clock=CLOCKS[main_clock(args.device)],

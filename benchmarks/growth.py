@@ -10,7 +10,7 @@ A large product of matrices in fp32 shows what the machine can do.
 
 Memory: the most that a round needs beyond what was there before it, each time in a new process. On a CPU that is the growth of the
 process (its largest resident set), on a GPU what torch has allocated there. With pieces of a fixed size (`compute.max_batch`) only the
-episodes themselves grow, and with `compute.host` these wait in the host's memory, which on a CPU is the same memory.
+episodes themselves grow.
 """
 import multiprocessing, re, sys
 from concurrent.futures import ProcessPoolExecutor
@@ -21,13 +21,13 @@ from common import CLOCKS, TINY, begin, digits_schedule, flops, goal, main_clock
 import torch
 
 from epoch_cost import Flat, Noise
-from ppo_ddpm.core import Compute
+from ppo_ddpm.engine.settings import Compute
 from ppo_ddpm.sampling import DDIM
 
 BASE, PIECE = dict(size=8, in_channels=1, channels=(24, 48), attn=(), groups=8), 256
 SERIES = {"episodes": [dict(episodes=n) for n in (64, 128, 256, 512, 1024)], "steps": [dict(steps=k) for k in (2, 4, 8, 16)],
           "resolution": [dict(size=s) for s in (8, 16, 32, 64)], "width": [dict(channels=(c, 2 * c)) for c in (16, 32, 64, 128)]}
-MEMORY = {"pieces": (256, 1024, 4096), "pieces, episodes on the host": (256, 1024, 4096), "all at once": (64, 256, 1024)}
+MEMORY = {"pieces": (256, 1024, 4096), "all at once": (64, 256, 1024)}
 LINEAR, FLAT = 1.25, 1.25             # time per operation: largest over that of the least work; memory: most over fewest episodes
 
 
@@ -52,7 +52,7 @@ def peak(device, threads, episodes, mode, net):
     "Most bytes that a round of so many episodes needs beyond what was there before."
     torch.set_num_threads(threads)
     piece, cuda = None if mode == "all at once" else PIECE, torch.device(device).type == "cuda"
-    made = [a_round(device, Compute(max_batch=piece, host="host" in mode), n, minibatch=n if piece is None else 64, **net)[0] for n in (2, episodes)]
+    made = [a_round(device, Compute(max_batch=piece), n, minibatch=n if piece is None else 64, **net)[0] for n in (2, episodes)]
     made[0]()                                                        # what is loaded or made at first use is not counted
     if cuda: torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device) if cuda else most_resident()
@@ -81,12 +81,11 @@ def main(argv=None):
             rows.append([f"{name} {x}", f"{work / 1e9:.2f}", shown(spread([t[0] for t in v]), 1e3, 1), shown(spread([t[1] for t in v]), 1e3, 1), f"{rates[-1] / 1e9:.1f}", "", ""])
             data.append(dict(series=name, x=x, flop=work, wall=[t[0] for t in v], cpu=[t[1] for t in v]))
         if not args.quick: said.append(goal(f"{name}: an operation takes at most {LINEAR} times as long as with the least work", f"{rates[0] / min(rates):.2f}", rates[0] <= LINEAR * min(rates)))
-    cuda = torch.device(args.device).type == "cuda"
     pixels, decisions = BASE["in_channels"] * BASE["size"]**2, 3
     for mode, ns in {"pieces": (4,)}.items() if args.quick else MEMORY.items():
-        if "host" in mode and not cuda: continue                      # there the host is the device
         for n in ns:
-            most, own = in_new_process(peak, args.device, torch.get_num_threads(), n, mode, small if args.quick else {}), 0 if "host" in mode else 4 * 3 * decisions * n * pixels
+            most = in_new_process(peak, args.device, torch.get_num_threads(), n, mode, small if args.quick else {})
+            own = 4 * 3 * decisions * n * pixels
             rows.append([f"memory, {mode}, episodes {n}", "", "", "", "", f"{most / 2**20:.1f}", f"{own / 2**20:.1f}"])
             memory.append(dict(mode=mode, episodes=n, bytes=most, own=own))
         over = memory[-1]["bytes"] / memory[-len(ns)]["bytes"]

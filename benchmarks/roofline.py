@@ -13,13 +13,14 @@ import sys
 
 import torch
 
-from common import CLOCKS, TINY, agree, begin, flops, goal, main_clock, matmul_rate, options, our_unet, report, shown, spread, turns
+from common import CLOCKS, TINY, agree, begin, flops, goal, main_clock, matmul_rate, n_params, options, our_unet, report, shown, spread, turns
 
-from ppo_ddpm.core import Compute, load_config
+from ppo_ddpm.engine.fast import Engine
+from ppo_ddpm.engine.options import load_config
+from ppo_ddpm.engine.settings import Compute
 from ppo_ddpm.ppo import ppo_loss
 from ppo_ddpm.sampling import DDIM, log_ratio, mean_shift
 from ppo_ddpm.schedule import NoiseSchedule
-from ppo_ddpm.unet import Engine
 
 LEAST = .4
 
@@ -33,7 +34,7 @@ def variant(net, batch, compute, device, plain=False):
     "(draw, learn): functions that run one batch; `plain`: not in channels_last."
     unet, ddim = our_unet(net, device), DDIM(NoiseSchedule(), 50).to(device)
     if plain: unet = unet.to(memory_format=torch.contiguous_format)
-    engine, c = Engine(unet, compute), unet.config
+    engine, c = Engine(unet, compute, batch), unet.config
     g = torch.Generator(device).manual_seed(0)
     x, eps, z = (torch.randn(batch, c["in_channels"], c["size"], c["size"], generator=g, device=device) for _ in range(3))
     k = torch.randint(ddim.n_decisions, (batch,), generator=g, device=device)
@@ -86,7 +87,7 @@ def main(argv=None):
         if cuda and not args.quick: said.append(goal(f"{what}, {name}: at least {LEAST:.0%} of the rate of matrix products", f"{got / rate:.1%}", got >= LEAST * rate))
         for kernel, share in (top := top_kernels(made[name][i], args.device)): rows.append([f"{what}, {name}: `{kernel[:70].replace('|', '/')}`", "", "", "", f"{share:.1%} of time"])
         data[-1]["kernels"] = top
-    report(args, "roofline", "What a GPU's rate allows, and what is reached", f"""Batches of {batch} pictures of {net['size']}x{net['size']} through {unet.n_params:,} parameters; median (smallest to largest) over rounds in
+    report(args, "roofline", "What a GPU's rate allows, and what is reached", f"""Batches of {batch} pictures of {net['size']}x{net['size']} through {n_params(unet):,} parameters; median (smallest to largest) over rounds in
         which the variants take turns. The share is that of the rate of a {size} x {size} matrix product in bf16 in the same run; below each last variant, the kernels that take most of its
         time. `benchmarks/roofline.py --help` says more.""", ["", "GFLOP", "wall, ms", "TFLOP / s", "share"], [[f"product of {size} x {size} matrices, bf16", f"{2 * size**3 / 1e9:.1f}", "", f"{rate / 1e12:.3g}", "100 %"], *rows],
         said, clock=CLOCKS[which], results=data, matmul=rate, batch=batch)

@@ -14,9 +14,10 @@ from common import CLOCKS, NETS, TINY, agree, begin, digits_schedule, goal, main
 
 import torch
 
-from ppo_ddpm.core import Compute, seeded
+from ppo_ddpm.data import seeded
+from ppo_ddpm.engine.fast import HALF, Engine
+from ppo_ddpm.engine.settings import Compute
 from ppo_ddpm.sampling import DDIM, sample
-from ppo_ddpm.unet import LOW, Engine
 
 LEAST = {"8x8 grey": 1.2}             # hoped for; 1 everywhere else
 
@@ -27,9 +28,9 @@ def contestants(unet, schedule, batch, steps, eta, compute, device):
     net, scheduler = theirs(unet, schedule)
     pipe = DDIMPipeline(net, scheduler).to(device)
     pipe.set_progress_bar_config(disable=True)
-    low = lambda: torch.autocast(torch.device(device).type, LOW[compute.precision], enabled=compute.precision != "fp32")
+    low = lambda: torch.autocast(torch.device(device).type, HALF[compute.precision], enabled=compute.precision != "fp32")
     shape, ddim = (batch, *[unet.config[k] for k in ("in_channels", "size", "size")]), DDIM(schedule, steps, eta).to(device)
-    engine, unit = Engine(unet, compute), lambda x: (x / 2 + .5).clamp(0, 1)
+    engine, unit = Engine(unet, compute, batch), lambda x: (x / 2 + .5).clamp(0, 1)
     source = lambda seed: seeded(seed, "benchmark", device=device)
 
     def pipeline(seed):
@@ -57,7 +58,7 @@ def main(argv=None):
     parser.add_argument("--sizes", nargs="+", choices=list(NETS), help="default: all")
     parser.add_argument("--steps", type=int, default=10, help="steps of the sampler (default 10)")
     parser.add_argument("--eta", type=float, default=1., help="noise of the sampler (default 1)")
-    parser.add_argument("--precision", choices=list(LOW), default="fp32", help="for all contestants (default fp32)")
+    parser.add_argument("--precision", choices=list(HALF), default="fp32", help="for all contestants (default fp32)")
     parser.add_argument("--compile", action="store_true", help="torch.compile, for ours")
     args = begin(parser, argv)
     if args.quick: args.steps = 4

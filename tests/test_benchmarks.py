@@ -2,13 +2,14 @@
 import json, subprocess, sys
 from pathlib import Path
 
-import pytest, torch
+import pytest
+import torch
 
 folder = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(folder))
 
 import common, epoch_cost, roofline
-from ppo_ddpm.core import Compute
+from ppo_ddpm.engine.settings import Compute
 from ppo_ddpm.sampling import DDIM
 
 
@@ -17,7 +18,7 @@ def table(text):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|") and "---" not in line]
 
 
-@pytest.mark.parametrize("script", ["epoch_cost", "sampling", "growth", "epoch_overhead", "roofline"])
+@pytest.mark.parametrize("script", ["epoch_cost", "sampling", "growth", "epoch_overhead", "roofline", "free_solvers"])
 def test_quick(script, tmp_path):
     options = ["--quick", "--device", "cpu", "--threads", "1", "--out", str(tmp_path)]
     done = subprocess.run([sys.executable, str(folder / f"{script}.py"), *options], capture_output=True, text=True, timeout=300)
@@ -26,7 +27,20 @@ def test_quick(script, tmp_path):
     assert kept["quick"] and {"hardware", "threads", "torch", "python", "commit", "date"} <= set(kept["machine"])
     assert table(page) == table(done.stdout) == [kept["header"], *[list(map(str, row)) for row in kept["rows"]]]
     for m in kept.get("memory", []): assert m["bytes"] > 0
-    for r in kept["results"]: assert len(r["wall"]) == len(r["cpu"]) >= 2 and min(r["wall"]) > 0
+    timed = [r for r in kept["results"] if "wall" in r]
+    assert timed or script == "free_solvers"
+    for r in timed: assert len(r["wall"]) == len(r["cpu"]) >= 2 and min(r["wall"]) > 0
+
+
+def test_seeds_quick(tmp_path):
+    "One seed and its control; a second call finds them stored, and only writes the tables."
+    command = [sys.executable, str(folder / "digits_seeds.py"), "--quick", "--seeds", "0", "--control", "0", "--threads", "1", "--out", str(tmp_path)]
+    done = [subprocess.run(command, capture_output=True, text=True, timeout=500) for _ in range(2)]
+    assert done[0].returncode == done[1].returncode == 0, done[0].stderr[-2000:] + done[1].stderr[-2000:]
+    main, control = json.loads((tmp_path / "digits_seeds.json").read_text())
+    assert (main["kind"], control["kind"]) == ("main", "control") and main["before"]["fd"] == control["before"]["fd"]
+    assert {"before", "after", "full_steps", "floor", "again", "history", "marks"} <= set(main) and main["again"][-1][0] == main["last_epoch"]
+    assert done[1].stdout.count("stored already") == 2 and "| goal | measured | reached |" in done[1].stdout
 
 
 def test_a_run_replaces_its_like_and_stands_beside_others(tmp_path, capsys):
