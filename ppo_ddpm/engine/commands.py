@@ -20,9 +20,6 @@ from pathlib import Path
 from .. import __version__
 
 # %% ../../nbs/17_commands.ipynb #c7f37552
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 COMMANDS = {
     "demo": "The whole path: draw, train the reward model, fine-tune, measure, report.",
     "train-ddpm": "Train a diffusion model from scratch.",
@@ -31,9 +28,6 @@ COMMANDS = {
     "evaluate": "Measure a model at few and at many steps, beside real pictures."}
 
 # %% ../../nbs/17_commands.ipynb #8128569c
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 USAGE = """usage: ppo-ddpm COMMAND [--cfg NAME_OR_PATH] [--out FOLDER] [--resume | --overwrite]
                 [--any.setting value ...]
 
@@ -44,23 +38,14 @@ Reinforcement-learning fine-tuning of diffusion models.
 ppo-ddpm COMMAND --help explains every option. Start with: ppo-ddpm demo"""
 
 # %% ../../nbs/17_commands.ipynb #437e592b
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 class Parser(argparse.ArgumentParser):
     def error(self, message): raise ValueError(f"{message}; see {self.prog} --help")
 
 # %% ../../nbs/17_commands.ipynb #514cbdbf
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 MAY_CHANGE = {"device", "data.root", "data.download", "train_ddpm.num_steps", "finetune.num_epochs",
               "compute.compile", "compute.max_batch", "compute.checkpointing"}
 
 # %% ../../nbs/17_commands.ipynb #f992c342
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def parse(
     argv:list, # The command first
 ):             # -> Namespace: command, cfg (Config), out, resume, overwrite, debug
@@ -97,9 +82,6 @@ def parse(
     return options
 
 # %% ../../nbs/17_commands.ipynb #343c7344
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def check_same(old, new, path):
     "ValueError if a resumed run would go on with other settings."
     from ppo_ddpm.engine.settings import flat
@@ -110,9 +92,6 @@ def check_same(old, new, path):
                              f"{b[k]} here; leave it out, or start a new run in another folder")
 
 # %% ../../nbs/17_commands.ipynb #6996a554
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def check_target(options):
     "FileExistsError, ValueError or OSError if something would be lost, or could not be written."
     out, cfg = options.out, options.cfg
@@ -132,9 +111,6 @@ def check_target(options):
                               "give another path, or --overwrite")
 
 # %% ../../nbs/17_commands.ipynb #7588043f
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def run(options, accelerator=None):
     "Open the folder, load what is there, and do it."
     from ppo_ddpm.engine import jobs, runs, tuning
@@ -155,17 +131,11 @@ def run(options, accelerator=None):
         else: tuning.follow_only(job, accelerator)
 
 # %% ../../nbs/17_commands.ipynb #9813a942
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def rank():
     "Which of several processes this is; None if it is alone."
     return int(os.environ.get("RANK") or 0) if int(os.environ.get("WORLD_SIZE") or 1) > 1 else None
 
 # %% ../../nbs/17_commands.ipynb #2bc8fa03
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def join(options):
     "accelerate's `Accelerator`, where a launcher has started several processes."
     if rank() is None: return None
@@ -186,9 +156,6 @@ def join(options):
     return accelerator
 
 # %% ../../nbs/17_commands.ipynb #ece8ce12
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 @contextmanager
 def one_voice():
     "Notes in one line, and only from the first process; any name can be printed."
@@ -202,9 +169,6 @@ def one_voice():
         with redirect_stdout(nowhere) if rank() else nullcontext(): yield
 
 # %% ../../nbs/17_commands.ipynb #7115d6d8
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def main(
     argv=None, # None: the words of the command line
 )->int:        # 0 done, 2 refused or failed, 130 interrupted

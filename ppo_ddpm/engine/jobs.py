@@ -32,17 +32,11 @@ from ..judge import train_judge
 from ..sampling import sample
 
 # %% ../../nbs/17_commands.ipynb #c35e5cef
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def contradiction(path, setting, theirs, ours):
     return ValueError(f"{path} was made with {setting} = {theirs}, and the settings say {ours}; "
                       f"set --{setting} to that, or give other weights")
 
 # %% ../../nbs/17_commands.ipynb #fe195b28
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def load_model(cfg:Config): # -> network in evaluation mode, its schedule, the settings that describe it
     "The network that `path.ddpm` names; ValueError where it contradicts the settings."
     path, model, schedule = cfg.path.ddpm, cfg.unet().eval(), cfg.noise_schedule()
@@ -80,9 +74,6 @@ def load_model(cfg:Config): # -> network in evaluation mode, its schedule, the s
     return model, schedule, cfg
 
 # %% ../../nbs/17_commands.ipynb #6adba7f6
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def bar(items, desc, total=None, show=True):
     "A progress bar; where nobody watches it move, a line now and then."
     pause = 0.1 if sys.stderr.isatty() else 10 # seconds
@@ -90,17 +81,11 @@ def bar(items, desc, total=None, show=True):
     return tqdm(items, desc, total, mininterval=pause, **hidden)
 
 # %% ../../nbs/17_commands.ipynb #4a7fd224
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def fingerprint(pictures)->str:
     "A short name for exactly these pictures."
     return hashlib.blake2b(pictures.x.cpu().numpy().tobytes(), digest_size=8).hexdigest()
 
 # %% ../../nbs/17_commands.ipynb #afe6f15b
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 class Job:
     "All that a run starts from."
     def __init__(self,
@@ -193,9 +178,6 @@ class Job:
         return floor(judge, self.splits, n, which, with_auc=with_auc)
 
 # %% ../../nbs/17_commands.ipynb #12cbc2b1
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def restore(part, state, name):
     try: part.load_state_dict(state)
     except Exception as e:
@@ -203,9 +185,6 @@ def restore(part, state, name):
                          f"({type(e).__name__}); start again with --overwrite") from None
 
 # %% ../../nbs/17_commands.ipynb #5ea0193e
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def open_log(out, history, reward_history):
     "TensorBoard's writer, which hides what came after the last checkpoint."
     with warnings.catch_warnings():
@@ -223,9 +202,6 @@ def open_log(out, history, reward_history):
     return writer
 
 # %% ../../nbs/17_commands.ipynb #f1bc8c7a
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def write_json(path, metrics:dict):
     "Numbers with six digits; null for NaN."
     def plain(v):
@@ -236,16 +212,10 @@ def write_json(path, metrics:dict):
     with atomic_write(path) as tmp: tmp.write_text(text, encoding="utf-8")
 
 # %% ../../nbs/17_commands.ipynb #8c3aaa18
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 COLUMNS = dict(fd="distance", kd="kernel", precision="precision", recall="recall",
                discriminator_auc="AUC", class_tv="classes")
 
 # %% ../../nbs/17_commands.ipynb #44037c9b
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def table(rows:dict)->str: # {name: numbers of `evaluate`}
     "Numbers side by side; what was not measured is a dash."
     columns = {k: v for k, v in COLUMNS.items() if any(k in r for r in rows.values())}

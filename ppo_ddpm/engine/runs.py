@@ -18,9 +18,6 @@ from ..realfake import RealFake
 from ..reward import RewardTraining, train_reward
 
 # %% ../../nbs/17_commands.ipynb #b9e97faa
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def run_train_ddpm(job):
     "Train a diffusion model from scratch."
     cfg, compute = job.cfg.train_ddpm, job.cfg.compute
@@ -46,9 +43,6 @@ def run_train_ddpm(job):
     measure_ddpm(job, average)
 
 # %% ../../nbs/17_commands.ipynb #442d05f0
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def measure_ddpm(job, policy):
     "Distances at several step counts."
     full, rows = job.cfg.evaluate.full_steps, {}
@@ -65,9 +59,6 @@ def measure_ddpm(job, policy):
         steps=job.cfg.train_ddpm.num_steps, history=job.history, rows=rows))
 
 # %% ../../nbs/17_commands.ipynb #08a42cb6
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def reward_parts(job, load=True)->tuple[RewardTraining, RealFake]:
     "The reward model, as it is in `path.rm` or untrained, and its pictures."
     cfg, train = job.cfg.train_reward, job.splits.train
@@ -88,9 +79,6 @@ def reward_parts(job, load=True)->tuple[RewardTraining, RealFake]:
     return paid, RealFake(real, fakes, cfg, train.levels)
 
 # %% ../../nbs/17_commands.ipynb #5b69d10b
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def fit_reward(job, paid, data):
     "Train the reward model, unless it is trained."
     left = paid.cfg.num_epochs - paid.epoch
@@ -101,9 +89,6 @@ def fit_reward(job, paid, data):
         print(f"reward model: accuracy {last['accuracy']:.2f}, AUC {last['auc']:.2f} on held-out pictures")
 
 # %% ../../nbs/17_commands.ipynb #43d4cbca
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def run_train_reward(job):
     "Train the reward model."
     paid, data = reward_parts(job, load=False)
@@ -121,9 +106,6 @@ def run_train_reward(job):
     write_json(job.out / "metrics.json", job.about() | last)
 
 # %% ../../nbs/17_commands.ipynb #4ca54659
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def run_evaluate(job):
     "Measure a model at few and at many steps, beside real pictures."
     few, full = job.cfg.finetune.ddim_steps, job.cfg.evaluate.full_steps

@@ -24,9 +24,6 @@ from ..kinds import reward_of
 from ..reward import refresh_reward
 
 # %% ../../nbs/17_commands.ipynb #be3d42c9
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 class Tuning:
     "Fine-tuning as the settings want it: fast, in pieces, with corrections, in several processes."
     def __init__(self, job:Job, accelerator=None):
@@ -66,18 +63,12 @@ class Tuning:
         return whole_rounds(loop, *parts, tolerance=cfg.ratio_tolerance)
 
 # %% ../../nbs/17_commands.ipynb #53f4e61c
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def follow_only(job, accelerator):
     "What every process but the first does: its share of the work; it writes nothing."
     tuning = Tuning(job, accelerator)
     for _ in tuning.rounds(*reward_parts(job)): pass
 
 # %% ../../nbs/17_commands.ipynb #d2ac0632
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def run_finetune(job, accelerator=None, full=False): # full: also measure what the slow sampler reaches
     "Fine-tune with PPO."
     cfg, n = job.cfg.finetune, job.cfg.evaluate.n
@@ -126,9 +117,6 @@ def run_finetune(job, accelerator=None, full=False): # full: also measure what t
     return dict(before=reference, after=tuning.average), judge, metrics
 
 # %% ../../nbs/17_commands.ipynb #c48c80be
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def run_demo(job):
     "The whole path: draw, train the reward model, fine-tune, measure, report."
     policies, judge, metrics = run_finetune(job, full=True)
@@ -146,9 +134,6 @@ def run_demo(job):
     print(f"{metrics['seconds']:.0f} s; all of it on one page: {job.out / 'report.html'}")
 
 # %% ../../nbs/17_commands.ipynb #3242427e
-#| code-fold: true
-#| code-fold: true
-#| code-fold: true
 def report(
     out,          # Folder of the run
     metrics:dict, # What metrics.json holds
