@@ -199,6 +199,11 @@ def test_the_command_in_the_report_can_be_pasted(quick, capsys):
     assert str(out / "config.yaml") in shlex.split(re.search(r"ppo-ddpm demo [^\n<]*", page)[0])
 
 
+def test_one_word_is_a_list_of_one():
+    options = commands.parse(["train-ddpm", "--cfg", "smoke", "--model.channels", "32", "--model.attn", "8"])
+    assert (options.cfg.model.channels, options.cfg.model.attn) == ((32,), (8,))
+
+
 # --- shells --------------------------------------------------------------------------------------------------------------------
 REWARD = "ppo-ddpm train-reward --cfg smoke"
 
