@@ -73,7 +73,7 @@ def finetune(
         if cfg.control_variate:
             x0s = [ddim.predict_x0(k, x, eps) for k, (x, eps) in enumerate(zip(traj.x, traj.eps))]
             expected = torch.stack([checked(reward, x0) for x0 in x0s])
-            gain = control_variate(r, expected, cfg.gae_lambda)
+            gain = control_variate(r - r[0], expected - r[0], cfg.gae_lambda)
         left = 1 - run.epoch / cfg.num_epochs if cfg.lr_decay == "linear" else 1
         set_lr(run.opt, cfg.lr * left)
         stats = ppo_update(

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -96,7 +97,7 @@ def run_folder(
             if os.listdir(path) == [".lock"]: shutil.rmtree(path) # nothing was written
 
 # %% ../../nbs/12_checkpoints.ipynb #fadd8e2e
-WRITTEN = ("config.yaml", "checkpoint.pt", "metrics.json", "report.html", "README.md",
+WRITTEN = ("config.yaml", "checkpoint.pt", "metrics.json", "report.html",
            "events.out.tfevents.*", "ddpm.safetensors", "reward.safetensors",
            "policy.safetensors", "samples.png", "samples.gif", "before.png", "after.png",
            "curves.png", "most_wrong.png", "calibration.png")
@@ -119,14 +120,17 @@ def intact(
 ):
     "The block happens whole or not at all; FloatingPointError if it leaves NaN or infinity behind."
     before = [copy_of(p.state_dict()) for p in parts]
-    try:
-        yield
-        if name := not_finite([p.state_dict() for p in parts]):
-            name = name.partition(".")[2] # without the number of the part
-            raise FloatingPointError(f"{name} became NaN or infinite; lower the learning rate")
-    except BaseException: # Ctrl-C too
+    error = None
+    try: yield
+    except BaseException as e: error = e # Ctrl-C too
+    name = not_finite([p.state_dict() for p in parts])
+    if error or name:
         for part, state in zip(parts, before): part.load_state_dict(state)
-        raise
+    if name and not isinstance(error, KeyboardInterrupt):
+        name = name.partition(".")[2] # without the number of the part
+        text = f"{name} became NaN or infinite; lower the learning rate"
+        raise FloatingPointError(text) from error
+    if error: raise error
 
 # %% ../../nbs/12_checkpoints.ipynb #c4192444
 def check_record(rec, tolerance):
@@ -153,7 +157,9 @@ def whole_rounds(
                 if rec is None: return
                 check_record(rec, tolerance)
         except (FloatingPointError, ValueError, RuntimeError) as e:
-            raise type(e)(f"round {n + 1} of this run was taken back: {e}") from e
+            kinds = FloatingPointError, ValueError, RuntimeError # a subclass may want other arguments
+            kind = next(k for k in kinds if isinstance(e, k))
+            raise kind(f"round {n + 1} of this run was taken back: {e}") from e
         n += 1
         yield rec
 
@@ -205,7 +211,10 @@ def load_checkpoint(
     "ValueError for a broken checkpoint, one of another command or of an older version."
     if not Path(path).is_file(): return {}
     again = "; start again with --overwrite"
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with warnings.catch_warnings(): # of strange pickles; what matters is said below
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
         kind = type(e).__name__
         raise ValueError(f"{path} is no checkpoint or is cut short ({kind}){again}") from None
