@@ -8,12 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import ppo_ddpm.cli as cli
-import ppo_ddpm.evaluate as evaluation
-from ppo_ddpm.core import Compute, Finetune, seeded
-from ppo_ddpm.finetune import Finetuning, finetune
-from ppo_ddpm.sampling import DDIM, PointPolicy
-from ppo_ddpm.schedule import NoiseSchedule
+import ppo_ddpm.judge as judging
+from ppo_ddpm.engine import checkpoints, commands, jobs, tuning
 
 root = Path(__file__).resolve().parents[1]
 SMOKE = ["finetune", "--cfg", "smoke", "--finetune.lr", "1e-3", "--finetune.lr_decay", "none", "--finetune.ema", "0", "--finetune.episodes_per_epoch", "15",
@@ -22,21 +18,8 @@ SMOKE = ["finetune", "--cfg", "smoke", "--finetune.lr", "1e-3", "--finetune.lr_d
 
 def quick(patch):
     "The judge is not what is tested here."
-    patch(cli, "train_judge", functools.partial(evaluation.train_judge, n_steps=20))
-    patch(cli, "KEEP_PAUSE", 0)
-    patch(cli.fp, "NO_BAR", True)
-
-
-def points(accelerator=None):
-    "Fine-tune a policy of points, with a reward of the whole batch that is refreshed, and minibatches down to a single pair."
-    torch.manual_seed(accelerator.process_index if accelerator else 0)          # process 0's weights must count
-    run = Finetuning(PointPolicy(width=16), Finetune(lr=1e-3, num_epochs=4, ddim_steps=4, episodes_per_epoch=11, microbatch=4, kl=.3), Compute(max_batch=3))
-    goal = torch.zeros(2)
-    def refresh(x0): goal.copy_(.5 * goal - .1 * x0.mean(0))
-    reward = lambda x0: -(x0 - x0.mean(0) - goal).norm(dim=1)
-    timeless = lambda rec: {k: v for k, v in rec.items() if k not in ("seconds", "images/s", "steps/s", "left_s", "rewards")}
-    curve = [timeless(rec) for rec in finetune(run, DDIM(NoiseSchedule("cosine"), 4), reward, (2,), refresh, 5, accelerator)]
-    return dict(curve=curve, goal=goal, weights=torch.cat([p.detach().flatten() for m in (run.policy, run.ema.model) for p in m.parameters()]))
+    patch(jobs, "train_judge", functools.partial(judging.train_judge, n_steps=20))
+    patch(jobs, "Saver", functools.partial(checkpoints.Saver, pause=0))
 
 
 def free_port():
@@ -61,7 +44,7 @@ def done(n, *args):
 def alone(*argv):
     with pytest.MonkeyPatch.context() as m:
         quick(m.setattr)
-        assert cli.main([str(a) for a in argv]) == 0
+        assert commands.main([str(a) for a in argv]) == 0
 
 
 def off(a, b):
@@ -111,16 +94,7 @@ def test_one_process_writes_and_speaks(runs):
     names = lambda folder: sorted(p.name.split(".tfevents")[0] for p in folder.iterdir())
     assert names(out["two"]) == names(out["one"])                # one event file among them
     assert json.loads((out["two"] / "metrics.json").read_text())["processes"] == 2
-    assert said.stdout.count("folder: ") == said.stdout.count("weights: ") == said.stdout.count("data: ") == 1, said.stdout
-
-
-def test_three_processes_of_a_notebook_agree_where_work_cannot_be_dealt_out_evenly(tmp_path):
-    done(0, "notebook", tmp_path)
-    one, (a, *others) = points(), [torch.load(tmp_path / f"{i}.pt") for i in range(3)]
-    assert off(a["curve"], one["curve"]) < 1e-4
-    assert (a["weights"] - one["weights"]).abs().max() < 1e-4
-    for b in others:
-        assert b["curve"] == a["curve"] and torch.equal(b["weights"], a["weights"]) and torch.equal(b["goal"], a["goal"])
+    assert said.stdout.count("weights: ") == said.stdout.count("data: ") == 1, said.stdout
 
 
 @pytest.mark.parametrize("who, sentence", [("1", "only process 1 fails"), ("none", "is not empty")])
@@ -135,33 +109,23 @@ def test_a_command_for_one_process_says_so(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
-        assert cli.main(["evaluate", "--cfg", "smoke"]) == 2
+        assert commands.main(["evaluate", "--cfg", "smoke"]) == 2
         assert ("evaluate runs in one process, and 2 were launched" in capsys.readouterr().err) == (rank == "0")
 
 
 def test_accelerate_is_imported_only_where_it_is_needed():
-    code = "import sys, ppo_ddpm.cli; sys.exit('accelerate' in sys.modules)"
+    code = "import sys, ppo_ddpm.engine.tuning; sys.exit('accelerate' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
-
-
-def save_points(folder):
-    from accelerate import Accelerator
-    acc = Accelerator(cpu=True)
-    torch.save(points(acc), f"{folder}/{acc.process_index}.pt")
-    acc.end_training()
 
 
 def main(what, *args):
     "What each process does."
-    if what == "notebook":
-        from accelerate import notebook_launcher
-        return notebook_launcher(save_points, args, num_processes=3, use_port=free_port())
     quick(setattr)
-    if what != "fault": return cli.main([what, *args])
+    if what != "fault": return commands.main([what, *args])
     who, args = args[0], args[1:]
     def broken(*_): raise ValueError(f"only process {who} fails")
-    if os.environ["RANK"] == who: cli.refresh_reward = broken
-    return cli.main(args)
+    if os.environ["RANK"] == who: tuning.refresh_reward = broken
+    return commands.main(args)
 
 
 if __name__ == "__main__": sys.exit(main(*sys.argv[1:]))
