@@ -6,11 +6,11 @@ import ast, io, re, statistics, tokenize
 import pytest
 from test_drift import cells, imported_modules, modules, none, notebook, notebooks, read, root
 
-SPINE_TOKENS, TOKENS = 14_000, 34_000       # Python's tokens without comments, docstrings and line ends; of the whole package with the spine
+SPINE_TOKENS, TOKENS = 14_100, 35_000       # Python's tokens without comments, docstrings and line ends; of the whole package with the spine
 LINE, FILE = 110, 250                       # characters; lines
 FUNCTION, PARAMETERS = 40, 10               # of the spine: lines; parameters with `self`
 CELL, LONGEST_CELL = 230, 2_000             # characters of code: median of all cells, most
-FIRST_UPDATE, WHOLE_SPINE = 120, 155        # minutes of reading from the index's end
+FIRST_UPDATE, WHOLE_SPINE = 120, 156        # minutes of reading from the index's end
 WORDS, CHARACTERS = 200, 1_000              # of prose and of code in a minute
 UNCOUNTED = ("10_settings", "17_commands", "30_reference", "31_all_settings")  # notebooks that list what there is
 
