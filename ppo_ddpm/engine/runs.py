@@ -70,6 +70,7 @@ def reward_parts(job, load=True)->tuple[RewardTraining, RealFake]:
             if k in ("alpha", "n_models") and theirs != ours:
                 raise contradiction(job.cfg.path.rm, f"train_reward.{k}", theirs, ours)
         paid.epoch = cfg.num_epochs
+        print(f"reward model: {job.cfg.path.rm}")
     if job.cfg.path.fake_img:
         fakes = job.pictures(job.cfg, job.cfg.path.fake_img)
         order = torch.randperm(len(fakes), generator=seeded(job.cfg.seed, "choose fakes"))
