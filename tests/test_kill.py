@@ -108,7 +108,10 @@ def go_on(command, settings, out):
     return [command, "--cfg", str(settings), "--out", str(out), *(["--train_reward.num_epochs", str(FIRST)] if command == "finetune" else []), *(["--overwrite"] if out.exists() else [])]
 
 
-def start(argv): return subprocess.Popen([sys.executable, "-c", PROGRAM, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def start(argv):
+    "A run that hears Ctrl-C even where the tests themselves were started by `nohup pytest &`, which ignores it."
+    hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=hear)
 
 
 def wait_for_checkpoints(process, out, n):
